@@ -168,15 +168,16 @@ def read(
         except ValueError as e: raise ValueError(f"{path}: not a file of records ({str(e).splitlines()[0]})") from e
     return out
 
-# %% ../../nbs/core/03_results.ipynb #41ccbc8c
+# %% ../../nbs/core/03_results.ipynb #44e37e1e
 def number(
     value: float,    # finite
     digits: int = 3,  # significant
 ) -> str:
     "A number for people."
     if value == 0: return "0"
-    places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    return f"{round(value, places):,.{min(places, 6)}f}"
+    rounded = float(f"{value:.{digits}g}")
+    places = max(digits - 1 - math.floor(math.log10(abs(rounded))), 0)
+    return f"{value:,.{min(places, 6)}f}"
 
 
 def cell(record: Record) -> str:

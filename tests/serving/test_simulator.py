@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from modeltc_lab.serving.memory import OutOfMemory, TokenPool
 from modeltc_lab.serving.past_future import FuturePeak, HistoryLengths, KnownLengths, Oracle, PastFuture
 from modeltc_lab.serving.policies import Aggressive, Conservative, make_policy
-from modeltc_lab.serving.token_sim import (A100_80G, LLAMA2_7B, SLA, EngineLimits, ModelShape, Plan, RequestTooLarge, Roofline, UnitCost,
-                                           simulate)
+from modeltc_lab.serving.token_sim import (
+    A100_80G,
+    LLAMA2_7B,
+    SLA,
+    EngineLimits,
+    ModelShape,
+    Plan,
+    RequestTooLarge,
+    Roofline,
+    UnitCost,
+    simulate,
+)
 from modeltc_lab.serving.workload import Workload, sharegpt
 
 MAKERS = {"past_future": PastFuture, "interp": lambda: PastFuture(HistoryLengths(window=20, variant="interp")),

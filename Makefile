@@ -1,0 +1,77 @@
+# modeltc_lab: `make lab` opens the workbench, `make test` runs everything `.ci/run` runs.
+# Needs Python 3.11 or 3.12, and make. Everything else is installed into .venv; nothing that is there is installed again.
+
+SHELL := bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PORT ?= 8888
+BROWSER ?=
+LOCK := .ci/constraints.txt
+# CPU builds of torch come from here; `make lab TORCH_INDEX=` takes the default build instead, which on Linux is CUDA's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+GPU_PYTHON ?= python3
+
+.PHONY: help lab test docs gpu kernels browser lint export figures clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(VENV)/.made:
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or 3.12 found; install one, or say make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: only this package comes from TORCH_INDEX, and a closed network falls back to the default index.
+$(VENV)/.torch: $(VENV)/.made $(LOCK)
+	@want=$$(grep -E '^torch==' $(LOCK)); \
+	$(PY) -c "import importlib.metadata as m; raise SystemExit('torch==' + m.version('torch').split('+')[0] != '$$want')" 2>/dev/null || { \
+		{ [ -n "$(TORCH_INDEX)" ] && $(PIP) --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) $$want 2>/dev/null; } || { \
+			echo "$$want: taken from the default package index"; $(PIP) --no-deps $$want; }; }
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.torch pyproject.toml $(LOCK)
+	$(PIP) -c $(LOCK) -e '.[lab]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(LOCK)
+	$(PIP) -c $(LOCK) -e '.[dev]'
+	@touch $@ $(VENV)/.lab
+
+lab: $(VENV)/.lab  ## install and open JupyterLab on nbs/index.ipynb (PORT=8888, BROWSER=none for a server)
+	@echo "JupyterLab: http://127.0.0.1:$(PORT)/lab/tree/index.ipynb"
+	cd nbs && JUPYTER_CONFIG_PATH=$(CURDIR)/.ci/jupyter exec ../$(BIN)/jupyter lab index.ipynb --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
+		$(if $(filter none,$(BROWSER)),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+test: $(VENV)/.dev  ## everything: lint, export check, tests, notebooks, site, browser, wheel; prints the counts
+	$(PY) tests/run_all.py
+
+docs: $(VENV)/.dev  ## run the notebooks and build the site into docs/_site
+	$(PY) docs/execute.py
+	$(PY) docs/build.py
+
+export: $(VENV)/.dev  ## notebooks to modules, and clean notebooks
+	cd $(CURDIR) && $(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/mypy
+
+kernels: $(VENV)/.dev  ## compile every kernel for sm_90 (no GPU needed) and show registers, spills and shared memory
+	$(PY) kernels/bench/compile_check.py
+
+gpu:  ## on a machine with a GPU: kernel tests, then benchmarks, records into docs/results (GPU_PYTHON=python3)
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels -q --import-mode=importlib -p no:cacheprovider
+	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_paged_decode.py
+
+browser: docs  ## the tests that drive a real browser
+	$(PY) -m pytest tests/browser -q
+
+figures: $(VENV)/.dev  ## measure again: every experiment's records
+	for e in $$($(BIN)/modeltc-lab run); do $(BIN)/modeltc-lab run $$e || exit 1; done
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist docs/_build docs/_site _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

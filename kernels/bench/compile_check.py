@@ -1,0 +1,102 @@
+"""Compile every kernel variant for sm_90 without a GPU, and read what it uses.
+
+    python kernels/bench/compile_check.py [--write] [--json]
+
+A process of its own: after an interpreted run Triton does not compile. It proves that a kernel builds and fits the
+machine, not that it is right or fast. Registers, spills and shared memory belong to one compiler version, which is recorded.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.backends.nvidia as nvidia  # noqa: E402
+from modeltc_kernels import paged_decode as pd  # noqa: E402
+from rows import row, save  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+TARGET, ARCH, DEVICE = GPUTarget("cuda", 90, 32), "sm_90a", "sm_90-compile-only"
+SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
+FWD = dict(q_ptr="*{t}", k_ptr="*{t}", v_ptr="*{t}", table_ptr="*i32", length_ptr="*i32", part_ptr="*{o}", lse_ptr="*fp32", scale="fp32", heads="i32", splits="i32",
+           stride_qn="i32", stride_qh="i32", stride_ks="i32", stride_kh="i32", stride_vs="i32", stride_vh="i32", stride_tn="i32")
+MERGE = dict(part_ptr="*fp32", lse_ptr="*fp32", out_ptr="*{t}", splits="i32")
+
+
+def forward(kind, e, page, group, split):
+    "The forward kernel as the launcher would build it."
+    signature = {k: v.format(t=kind, o="fp32" if split else kind) for k, v in FWD.items()}
+    chosen = pd.launch_options({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind])
+    options = {k: chosen.pop(k) for k in ("num_warps", "num_stages")}
+    const = dict(GROUP=group, GROUP_PAD=max(16, pd._power(group)), E=e, E_PAD=max(16, pd._power(e)), PAGE=page, UPCAST=False, **chosen)
+    return pd.paged_decode_fwd_kernel, signature, const, options
+
+
+def merge(kind, e, splits):
+    "The merge kernel as the launcher would build it."
+    return pd.paged_decode_merge_kernel, {k: v.format(t=kind) for k, v in MERGE.items()}, dict(E=e, E_PAD=pd._power(e), SPLITS_PAD=splits), dict(num_warps=2)
+
+
+VARIANTS = {f"paged_decode {kind} e={e} page={page} GQA {group}" + (" split" if split else ""): forward(kind, e, page, group, split)
+            for kind, e, page, group, split in [("bf16", 128, 16, 4, True), ("bf16", 128, 1, 4, True), ("bf16", 128, 16, 4, False), ("bf16", 128, 16, 1, True),
+                                                ("bf16", 64, 16, 8, True), ("bf16", 96, 16, 1, True), ("fp16", 128, 16, 4, True), ("fp32", 128, 16, 4, True)]}
+VARIANTS |= {f"paged_decode merge {kind} e=128 splits={s}": merge(kind, 128, s) for kind, s in (("bf16", 8), ("bf16", 32), ("fp32", 32))}
+
+
+def compile_variant(fn, signature, const, options):
+    "To a cubin for sm_90; pointers and strides are assumed to be multiples of 16, as those of real tensors are."
+    attrs = {(i,): [["tt.divisibility", 16]] for i, (k, v) in enumerate(signature.items()) if v.startswith("*") or (k.startswith("stride") and k != "stride_tn")}
+    source = ASTSource(fn=fn, signature={**signature, **{k: "constexpr" for k in const}}, constexprs=const, attrs=attrs)
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def resources(kernel):
+    "Registers, stack, shared memory from the disassembler; spills from the assembler's own report."
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        newer = tools / "ptxas-blackwell"
+        version = float((re.search(r"\.version (\S+)", kernel.asm["ptx"]) or ["", "0"])[1])
+        ptxas = newer if version > 8.8 and newer.exists() else tools / "ptxas"
+        said = subprocess.run([ptxas, "-v", f"--gpu-name={ARCH}", ptx, "-o", cubin], capture_output=True, text=True, check=True).stderr
+    read = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return {"registers": read["REG"], "stack": read["STACK"], "shared memory": read["SHARED"] + kernel.metadata.shared,
+            "spill stores": int(spills[1]) if spills else 0, "spill loads": int(spills[2]) if spills else 0}
+
+
+UNITS = {"registers": "a thread", "stack": "bytes", "shared memory": "bytes", "spill stores": "bytes", "spill loads": "bytes"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the records")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    found = {name: resources(compile_variant(*variant)) for name, variant in VARIANTS.items()}
+    bad = [f"{n}: {r}" for n, r in found.items() if r["spill stores"] or r["spill loads"] or r["shared memory"] > SHARED_LIMIT]
+    if args.json: print(json.dumps(found, indent=1))
+    else:
+        for name, r in found.items(): print(f"{name:48s}" + "".join(f"  {k} {v}" for k, v in r.items()))
+    if args.write:
+        rows = [row("paged_decode_resources", name, metric, UNITS[metric], [value], device=DEVICE) for name, r in found.items() for metric, value in r.items()]
+        print(f"{len(rows)} records in {save(rows)}")
+    print(f"{len(found) - len(bad)} kernels compiled for {ARCH} with triton {triton.__version__} without spilling, {len(bad)} not")
+    for line in bad: print("over budget:", line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__": sys.exit(main())

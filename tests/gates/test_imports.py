@@ -1,0 +1,107 @@
+"Who leans on whom: the rules between the rooms, read from the imports."
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAINS = {"serving", "decoding", "quant", "matting", "diffusion", "sparsity", "balance"}
+MAY_USE = {"matting": {"quant"}, "diffusion": {"quant"}, "sparsity": {"quant"}}
+FIGURES = {"plotly", "ipywidgets", "anywidget", "IPython", "jupyter", "matplotlib"}
+PEERS = {"vllm", "sglang", "xgrammar", "llguidance", "outlines_core", "torchao", "simpy", "vidur", "trl", "timm"}
+
+
+def imports(source):
+    "Absolute names a source imports, at any depth, and those at the top level only."
+    tree = ast.parse(source)
+    def names(node):
+        if isinstance(node, ast.Import): return [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom): return [node.module or ""] + [f"{node.module}.{a.name}" for a in node.names]
+        return []
+    every = [n for node in ast.walk(tree) for n in names(node)]
+    return every, [n for node in tree.body for n in names(node)]
+
+
+def room(module):
+    "The sub-package of a module of ours, None for others."
+    parts = module.split(".")
+    return parts[1] if parts[0] == "modeltc_lab" and len(parts) > 1 else None
+
+
+def violations(module, source):
+    "What a module imports and must not."
+    every, top = imports(source)
+    here, last, bad = room(module), module.split(".")[-1], []
+    for name in every:
+        there, first = room(name), name.split(".")[0]
+        if module.startswith("modeltc_kernels") and first == "modeltc_lab": bad.append(f"{module}: kernels know nothing of {name}")
+        if here == "core" and there in DOMAINS: bad.append(f"{module}: core knows no room, imports {name}")
+        if here in DOMAINS and there in DOMAINS and there != here and there not in MAY_USE.get(here, set()): bad.append(f"{module}: another room, {name}")
+        if first in FIGURES and last not in ("views", "viz"): bad.append(f"{module}: figures belong to views, imports {name}")
+        if first in PEERS and last != "compare": bad.append(f"{module}: peers belong to compare modules, imports {name}")
+    bad += [f"{module}: peer {n} imported at the top" for n in top if n.split(".")[0] in PEERS]
+    if any(isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names) for n in ast.walk(ast.parse(source))): bad.append(f"{module}: star import")
+    if module.startswith("modeltc_kernels"):
+        allowed = {"torch", "triton", "modeltc_kernels"} | set(sys.stdlib_module_names)
+        bad += [f"{module}: kernels import torch and triton only, not {n}" for n in every if n.split(".")[0] not in allowed]
+    return bad
+
+
+def modules():
+    "Every module of ours by dotted name."
+    for base in (ROOT, ROOT / "kernels"):
+        for package in ("modeltc_lab", "modeltc_kernels"):
+            for path in sorted((base / package).rglob("*.py")):
+                yield ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def cycles(graph):
+    "Modules that import themselves through others, at import time."
+    seen, stack, found = set(), [], []
+    def visit(node):
+        if node in stack: found.append([*stack[stack.index(node):], node])
+        if node in seen or node in stack: return
+        stack.append(node)
+        for child in graph.get(node, ()): visit(child)
+        stack.pop()
+        seen.add(node)
+    for node in graph: visit(node)
+    return found
+
+
+def test_rooms_keep_the_rules():
+    assert [v for name, path in modules() for v in violations(name, path.read_text())] == []
+
+
+def test_no_circles():
+    known = dict(modules())
+    graph = {name: {n for n in imports(path.read_text())[1] if n in known and n != name} for name, path in known.items()}
+    assert cycles(graph) == []
+
+
+@pytest.mark.parametrize("module, source", [
+    ("modeltc_kernels.k", "import modeltc_lab.core"), ("modeltc_kernels.k", "import numpy"), ("modeltc_lab.core.x", "from modeltc_lab.serving import y"),
+    ("modeltc_lab.serving.x", "from modeltc_lab.quant.y import z"), ("modeltc_lab.serving.x", "def f():\n    import plotly"),
+    ("modeltc_lab.serving.x", "import simpy"), ("modeltc_lab.serving.compare", "import simpy"), ("modeltc_lab.serving.x", "from os import *")])
+def test_the_rules_can_fail(module, source): assert violations(module, source)
+
+
+def test_the_rules_allow_what_they_should():
+    for module, source in (("modeltc_lab.diffusion.x", "from modeltc_lab.quant.y import z"), ("modeltc_lab.serving.views", "import plotly"),
+                           ("modeltc_lab.serving.compare", "def f():\n    import simpy"), ("modeltc_kernels.k", "import torch, triton, os")):
+        assert violations(module, source) == []
+    assert cycles({"a": {"b"}, "b": {"a"}}) and not cycles({"a": {"b"}, "b": set()})
+
+
+@pytest.mark.parametrize("code, forbidden", [
+    ("import modeltc_lab", ("torch", "plotly", "transformers", "numpy", "pydantic")),
+    ("from modeltc_lab.core.cli import main; main(['sim', '--help'])", ("torch", "plotly", "transformers", "numba", "pandas", "numpy", "pydantic")),
+    ("import modeltc_lab.serving.token_sim", ("torch", "plotly", "transformers", "pandas"))])
+def test_import_weight(code, forbidden):
+    "Heavy packages stay out until they are needed."
+    check = f"{code}\nimport sys\nprint('LOADED', [m for m in {forbidden!r} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert ran.stdout.strip().splitlines()[-1] == "LOADED []", ran.stdout[-500:] + ran.stderr[-500:]
