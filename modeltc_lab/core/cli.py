@@ -24,7 +24,7 @@ from typing import Any
 
 import modeltc_lab
 
-# %% ../../nbs/core/06_cli.ipynb #4440bb90
+# %% ../../nbs/core/06_cli.ipynb #f926ef92
 class UsageError(ValueError):
     "A command that cannot be understood; ends in one line and exit code 2."
 
@@ -37,7 +37,7 @@ class Technique:
     title: str     # as its paper calls it
     what: str      # in one line
     module: str    # where it lives once it is built
-    page: str      # of the site
+    notebook: str  # inside nbs/
 
     @property
     def built(self) -> bool:
@@ -46,17 +46,17 @@ class Technique:
         except ModuleNotFoundError: return False
 
 
-TECHNIQUES = tuple(Technique(name, title, what, f"modeltc_lab.{module}", f"{module.replace('.', '/')}.html") for name, title, what, module in (
-    ("past_future", "Past-Future", "admission scheduling for LLM serving", "serving.past_future"),
-    ("token_sim", "TokenSim", "serving simulation, validated against a real engine", "serving.token_sim"),
-    ("pre3", "Pre3", "deterministic pushdown automata for constrained decoding", "decoding.pre3"),
-    ("lowbit", "Low-bit LLM", "number formats and quantizers", "quant.formats"),
-    ("ptq4vm", "PTQ4VM", "post-training quantization of video matting", "matting.ptq4vm"),
-    ("qvgen", "QVGen", "quantization-aware training of video diffusion", "diffusion.qvgen"),
-    ("harmonica", "HarmoniCa", "learned feature caching for diffusion transformers", "diffusion.harmonica"),
-    ("ptsbench", "PTSBench", "post-training sparsity benchmark", "sparsity.ptsbench"),
-    ("hbp", "HBP", "hierarchical balance packing for long-context training", "balance.hbp"),
-    ("omnibal", "OmniBal", "balanced 3D-parallel training of vision-language models", "balance.omnibal")))
+TECHNIQUES = tuple(Technique(name, title, what, f"modeltc_lab.{module}", f"{module.split('.')[0]}/{number}_{module.split('.')[1]}.ipynb") for number, name, title, what, module in (
+    (13, "past_future", "Past-Future", "admission scheduling for LLM serving", "serving.past_future"),
+    (14, "token_sim", "TokenSim", "serving simulation, validated against a real engine", "serving.token_sim"),
+    (22, "pre3", "Pre3", "deterministic pushdown automata for constrained decoding", "decoding.pre3"),
+    (30, "lowbit", "Low-bit LLM", "number formats and quantizers", "quant.formats"),
+    (42, "ptq4vm", "PTQ4VM", "post-training quantization of video matting", "matting.ptq4vm"),
+    (51, "qvgen", "QVGen", "quantization-aware training of video diffusion", "diffusion.qvgen"),
+    (52, "harmonica", "HarmoniCa", "learned feature caching for diffusion transformers", "diffusion.harmonica"),
+    (61, "ptsbench", "PTSBench", "post-training sparsity benchmark", "sparsity.ptsbench"),
+    (72, "hbp", "HBP", "hierarchical balance packing for long-context training", "balance.hbp"),
+    (74, "omnibal", "OmniBal", "balanced 3D-parallel training of vision-language models", "balance.omnibal")))
 PARTIAL = {"token_sim": "first floor: token memory, roofline cost, one worker"}
 
 
