@@ -191,7 +191,7 @@ def _push(ring, ordered, state, value):
     ring[place] = value
     state[0], state[1] = filled + 1, (place + 1) % window
 
-# %% ../../nbs/serving/13_past_future.ipynb #1a676499
+# %% ../../nbs/serving/13_past_future.ipynb #7b0d6e51
 class LengthModel(Protocol):
     "Where guesses of reply lengths come from."
 
@@ -213,8 +213,8 @@ class HistoryLengths:
         resample: Literal["every_pass", "persistent"] = "every_pass",  # new draws at each decision, or one fixed quantile a request
     ):
         if window < 1: raise ValueError(f"window={window}: need at least 1")
-        first = [] if init is None else np.atleast_1d(np.asarray(init, np.int64))
-        if len(first) and min(first) < 1: raise ValueError(f"init={min(first)}: need at least 1 token, or None for the service's cap")
+        first = np.zeros(0, np.int64) if init is None else np.atleast_1d(np.asarray(init, np.int64))
+        if len(first) and first.min() < 1: raise ValueError(f"init={first.min()}: need at least 1 token, or None for the service's cap")
         if variant not in ("step", "interp"): raise ValueError(f"variant={variant!r}: need 'step' or 'interp'")
         if resample not in ("every_pass", "persistent"): raise ValueError(f"resample={resample!r}: need 'every_pass' or 'persistent'")
         self.window, self.init, self.variant, self.resample = window, init, variant, resample

@@ -505,7 +505,7 @@ def _run_compiled(kind, params, ring, ordered, state, capacity, cost, prefill_bu
         n = kept
     return steps, times, rows, 1.0
 
-# %% ../../nbs/serving/14_token_sim.ipynb #95314387
+# %% ../../nbs/serving/14_token_sim.ipynb #22d2044e
 def simulate(
     workload: Workload,           # the traffic
     policy: AdmissionPolicy,      # who is admitted, reset first
@@ -551,5 +551,5 @@ def _numba(w: Workload, spec: Compiled, coefficients: NDArray[np.float64], capac
     for f, values in columns.items(): requests[f] = values
     steps = np.empty(n, STEP)
     steps["time_s"] = times[:n]
-    for i, f in enumerate(STEP.names[1:]): steps[f] = rows[:n, i]
+    for i, f in enumerate((STEP.names or ())[1:]): steps[f] = rows[:n, i]
     return requests, steps

@@ -193,7 +193,7 @@ class Workload:
                                 f"{', '.join(GENERATED)}; {e}") from e
         return _from_file(stored, str(source), max_new_tokens)
 
-# %% ../../nbs/serving/10_workload.ipynb #c8c6b391
+# %% ../../nbs/serving/10_workload.ipynb #93e0aeaa
 FIELDS = ("prompt_tokens", "output_tokens")
 
 
@@ -258,10 +258,10 @@ def _from_file(path: Path, name: str, max_new_tokens: int | None) -> Workload:
         if field not in rows[0]: raise WorkloadError(f"{where}, field {field!r}: missing; a trace has arrival_s or arrival_ms, prompt_tokens, output_tokens")
     arrival = np.zeros(len(rows)) if clock is None else np.array(_numbers(rows, clock, where, first)) * (1e-3 if clock == "arrival_ms" else 1)
     blocks = [list(r["block_ids"]) for r in rows] if isinstance(rows[0].get("block_ids"), list) else None
-    return Workload.build(name, arrival, *(_numbers(rows, f, where, first) for f in FIELDS), max_new_tokens=max_new_tokens, where=where,
-                          first_row=first, block_ids=blocks)
+    prompt, output = (_numbers(rows, f, where, first) for f in FIELDS)
+    return Workload.build(name, arrival, prompt, output, max_new_tokens, where, first, block_ids=blocks)
 
-# %% ../../nbs/serving/10_workload.ipynb #62fcca33
+# %% ../../nbs/serving/10_workload.ipynb #268a1af6
 SHAREGPT_PERCENTILE = (0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 96, 97, 98, 99, 99.5, 99.9)
 SHAREGPT_CONTEXT = (1, 14, 37, 113, 216, 302, 378, 460, 546, 634, 727, 807, 910, 1021, 1132, 1249, 1367, 1494, 1618, 1762, 1794, 1830, 1875, 1941, 2034, 3469)
 SHAREGPT_OUTPUT = (1, 24, 50, 81, 108, 134, 160, 186, 210, 232, 255, 277, 300, 322, 349, 380, 420, 474, 550, 676, 716, 761, 767, 769, 770, 803)
@@ -275,8 +275,8 @@ def sharegpt(
 ) -> Workload:          # labelled generated
     "Chat traffic drawn from the ShareGPT quantile table: needs no file and no network."
     rng = np.random.default_rng(seed)
-    lengths = [np.maximum(np.rint(np.interp(rng.random(n) * 100, SHAREGPT_PERCENTILE, q)), 1) for q in (SHAREGPT_CONTEXT, SHAREGPT_OUTPUT)]
-    made = Workload.build("sharegpt (generated)", np.zeros(n), *lengths, max_new_tokens=1024, generated=True)
+    prompt, output = (np.maximum(np.rint(np.interp(rng.random(n) * 100, SHAREGPT_PERCENTILE, q)), 1) for q in (SHAREGPT_CONTEXT, SHAREGPT_OUTPUT))
+    made = Workload.build("sharegpt (generated)", np.zeros(n), prompt, output, max_new_tokens=1024, generated=True)
     return made.poisson(rate, seed + 1)
 
 
