@@ -104,7 +104,7 @@ def gpu_times(
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
-# %% ../../nbs/core/05_bench.ipynb #e9a98796
+# %% ../../nbs/core/05_bench.ipynb #3dcf1c41
 BACKENDS = {"loky": "joblib", "threading": "joblib", "sequential": "joblib", "dask": "distributed", "ray": "ray"}
 
 
@@ -121,7 +121,7 @@ def _prepare(backend: str) -> None:
     "Make a joblib backend available, or say what to install."
     if backend not in BACKENDS: raise ValueError(f"backend={backend!r}: need one of {', '.join(BACKENDS)}")
     try:
-        if backend == "dask": import distributed.joblib  # noqa: F401
+        if backend == "dask": import distributed  # noqa: F401
         if backend == "ray":
             from ray.util.joblib import register_ray
             register_ray()

@@ -1,0 +1,52 @@
+"Figures and twins."
+
+import json
+from itertools import product
+
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeltc_lab.core import viz
+from modeltc_lab.serving import views
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_index_follows_the_product(sizes):
+    controls = {f"c{i}": tuple(range(n)) for i, n in enumerate(sizes)}
+    t = viz.twin(lambda **k: go.Figure(layout=dict(title=str(tuple(k.values())))), controls)
+    for choice in product(*map(range, sizes)): assert t.figures[t.index(choice)].layout.title.text == str(choice)
+
+
+def test_payload_is_plain_json_and_complete():
+    for t in (views.memory_timeline_twin(), views.length_posterior_twin()):
+        payload = json.loads(json.dumps(t.payload()))
+        count = 1
+        for c in payload["controls"]: count *= len(c["values"])
+        assert len(payload["figures"]) == count and all(len(f["data"]) == len(payload["figures"][0]["data"]) for f in payload["figures"])
+        assert t.figure.frames and t.figure.layout.sliders
+
+
+def test_too_large_is_refused():
+    with pytest.raises(ValueError, match="bytes, at most"): viz.twin(lambda a: go.Figure(go.Scatter(y=list(range(1_200_000)))), {"a": (1,)})
+
+
+def test_every_policy_has_a_look():
+    from modeltc_lab.serving.policies import POLICIES
+    from modeltc_lab.serving.studies import MEMORY_POLICIES
+    for name in (*POLICIES, *MEMORY_POLICIES): assert viz.style(name).color.startswith("#")
+
+
+def test_widgets_follow_their_controls():
+    w = views.memory_timeline_widget()
+    seen = {w.fig.layout.title.text}
+    for name, value in (("prompt", 2000), ("capacity", 6000), ("criterion", "current use"), ("generated", 400), ("criterion", "sum of maxima"), ("reply", 900)):
+        w.controls[name].value = value
+        assert w.fig.layout.title.text not in seen, name
+        seen.add(w.fig.layout.title.text)
+    w.controls["request"].value = "B"
+    assert w.controls["prompt"].value == views.BATCH["B"][0]
+    p = views.length_posterior_widget()
+    p.controls["generated"].value = 250
+    assert min(p.draws) > 250 and "after 250 tokens" in p.fig.layout.title.text
