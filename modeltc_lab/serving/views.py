@@ -98,7 +98,7 @@ def memory_timeline(
     fig.update_xaxes(title_text="decode steps from now").update_yaxes(title_text="KV slots", rangemode="tozero")
     return fig
 
-# %% ../../nbs/serving/19_views.ipynb #e5b7425d
+# %% ../../nbs/serving/19_views.ipynb #a53d21df
 def _refresh(
     live: go.FigureWidget,  # on the screen
     new: go.Figure,         # what it should show; the same traces in the same order
@@ -133,7 +133,7 @@ def memory_timeline_widget(
     state = {**batch, "candidate": candidate}
     c: dict[str, Any] = {
         "request": W.Dropdown(options=list(state), value="candidate", description="request"),
-        "prompt": _slider("prompt", candidate[0], 1, 2500, 50), "generated": _slider("generated", candidate[1], 0, 999),
+        "prompt": _slider("prompt", candidate[0], 50, 2500, 50), "generated": _slider("generated", candidate[1], 0, 999),
         "reply": _slider("whole reply", candidate[2], 1, 1000), "capacity": _slider("capacity", capacity, 500, 6000, 100),
         "criterion": W.ToggleButtons(options=CRITERIA, value="peak", description="criterion")}
     box = _panel(memory_timeline(state, capacity), c)

@@ -1,0 +1,22 @@
+"One Chromium for all browser tests; without it they say how to install it."
+
+import shutil
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+INSTALL = "apt-get install chromium, and pip install playwright"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A running Chromium."
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: pytest.skip(f"playwright is missing: {INSTALL}")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None: pytest.skip(f"no Chromium found ({', '.join(NAMES)}): {INSTALL}")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield running
+        running.close()

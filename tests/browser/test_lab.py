@@ -1,0 +1,164 @@
+"JupyterLab in a real browser: open the technique notebook, run it, move every control, read the changed figure."
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_MS = 180_000
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab server on the loopback interface over a copy of the notebooks; yields its address."
+    home, port = tmp_path_factory.mktemp("lab"), free_port()
+    shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", home)
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+           "IPYTHONDIR": str(home / "ipython"), "JUPYTER_CONFIG_PATH": str(ROOT / ".ci/jupyter"), "OMP_NUM_THREADS": "1", "MODELTC_LAB_RESULTS_DIR": str(ROOT / "docs/results"),
+           "MODELTC_LAB_DATA_DIRS": str(ROOT.parent / "shared" / "data")}
+    env.pop("PLOTLY_RENDERER", None)
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=",
+                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0"], env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until_up(port, server, home / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_until_up(port, server, log):
+    "Ask for the server's state until it answers; the connection attempt itself is the wait."
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(4000):
+        if server.poll() is not None: pytest.fail(f"JupyterLab ended: {log.read_text()[-2000:]}")
+        try:
+            opener.open(f"http://127.0.0.1:{port}/api/status", timeout=5)
+            return
+        except OSError: server_pause(server)
+    pytest.fail(f"JupyterLab did not come up: {log.read_text()[-2000:]}")
+
+
+def server_pause(server):
+    "Wait a moment for the server to end; it is not expected to."
+    try: server.wait(0.05)
+    except subprocess.TimeoutExpired: return
+
+
+@pytest.fixture(scope="module")
+def notebook(lab, browser):
+    "The technique notebook in the browser, run from top to bottom; page errors and outside requests are kept."
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    page.errors, page.hosts = [], set()
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
+    page.goto(f"{lab}/lab/tree/serving/13_past_future.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_selector(".jp-NotebookPanel-toolbar")
+    page.wait_for_function("[...document.querySelectorAll('.jp-Toolbar-kernelName, .jp-KernelName')].some(e => e.textContent.includes('Python'))")
+    page.click("text=Run >> nth=0")
+    page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+    page.wait_for_function(FINISHED)
+    yield page
+    page.close()
+
+
+# Every code cell has been counted or the kernel says idle with no cell waiting, and the widgets' cells have figures.
+FINISHED = """() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent);
+  const status = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
+  return status === 'idle' && prompts.some(p => /\\d/.test(p)) && !prompts.some(p => p.includes('*'));
+}"""
+
+
+def widget(page, index):
+    "The output of the cell with this widget panel, scrolled into view and drawn."
+    page.evaluate("i => document.querySelectorAll('.jp-CodeCell')[i].scrollIntoView({block: 'start'})", index)
+    cell = page.locator(".jp-CodeCell").nth(index)
+    cell.locator(".js-plotly-plot .main-svg").first.wait_for()
+    return cell
+
+
+def cells_with(name):
+    "Places of the code cells that show a widget."
+    nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
+    sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    return next(i for i, s in enumerate(sources) if s.startswith(f"{name} = views."))
+
+
+STATE = "el => { const g = el.querySelector('.js-plotly-plot'); return JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]); }"
+CHANGED = "([el, old]) => { const g = el.querySelector('.js-plotly-plot'); return g && JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]) !== old; }"
+
+
+def moves(page, cell, act):
+    "Do something to a control and wait until the figure has changed."
+    handle = cell.element_handle()
+    before = handle.evaluate(STATE)
+    act()
+    page.wait_for_function(CHANGED, arg=[handle, before])
+    return json.loads(before), json.loads(handle.evaluate(STATE))
+
+
+def press(slider, key="ArrowRight", times=3):
+    slider.focus()
+    for _ in range(times): slider.press(key)
+
+
+def test_no_cell_failed(notebook):
+    assert notebook.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
+    assert notebook.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+
+
+def test_memory_timeline_every_control(notebook):
+    cell = widget(notebook, cells_with("memory_widget"))
+    sliders, toggles = cell.locator(".noUi-handle"), cell.locator(".widget-toggle-buttons button")
+    names = cell.locator(".widget-slider .widget-label").all_text_contents()
+    assert names == ["prompt", "generated", "whole reply", "capacity"]
+    for i, key in enumerate(["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"]): moves(notebook, cell, lambda i=i, key=key: press(sliders.nth(i), key))
+    for i in (1, 2, 0): moves(notebook, cell, lambda i=i: toggles.nth(i).click())
+    cell.locator("select").select_option("B")
+    notebook.wait_for_function("el => el.querySelectorAll('.widget-readout')[0].textContent.replace(/\\D/g, '') === '800'", arg=cell.element_handle())
+    before, after = moves(notebook, cell, lambda: press(sliders.nth(0), times=8))
+    assert before[0] != after[0] and after[1][1] != before[1][1]  # the curve of request B itself
+
+
+def test_length_posterior_every_control(notebook):
+    cell = widget(notebook, cells_with("posterior_widget"))
+    sliders, toggles = cell.locator(".noUi-handle"), cell.locator(".widget-toggle-buttons button")
+    before, after = moves(notebook, cell, lambda: press(sliders.nth(0), times=10))
+    made = [int(re.search(r"after (\d+) tokens", state[0])[1]) for state in (before, after)]
+    assert made[0] == 100 < made[1] <= 150
+    moves(notebook, cell, lambda: press(sliders.nth(1)))
+    assert "(interp)" in moves(notebook, cell, lambda: toggles.nth(1).click())[1][0]
+
+
+def test_twin_slider_moves_in_the_notebook(notebook):
+    nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
+    sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    cell = widget(notebook, sources.index("views.memory_timeline_twin()"))
+    rail = cell.locator(".slider-rail-touch-rect")
+    rail.wait_for()
+    moves(notebook, cell, lambda: rail.click(position={"x": 6, "y": 6}))
+
+
+def test_quiet(notebook):
+    "No page error, no pop-up, no request to another host."
+    assert notebook.locator(".Toastify__toast").count() == 0
+    assert notebook.errors == [] and {h.split(":")[0] for h in notebook.hosts} == {"127.0.0.1"}
