@@ -168,7 +168,7 @@ def read(
         except ValueError as e: raise ValueError(f"{path}: not a file of records ({str(e).splitlines()[0]})") from e
     return out
 
-# %% ../../nbs/core/03_results.ipynb #44e37e1e
+# %% ../../nbs/core/03_results.ipynb #600d4cb9
 def number(
     value: float,    # finite
     digits: int = 3,  # significant
@@ -187,7 +187,8 @@ def cell(record: Record) -> str:
 
 
 def _key(record: Record, names: str | Sequence[str]) -> str:
-    return ", ".join(str(getattr(record, n)) for n in ([names] if isinstance(names, str) else names))
+    values = (getattr(record, n) for n in ([names] if isinstance(names, str) else names))
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values if v is not None)
 
 
 def table(

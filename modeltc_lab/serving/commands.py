@@ -82,7 +82,7 @@ def _report(path: str, results: "list[Result]", text: str) -> None:
     try: Path(path).write_text(page, encoding="utf-8")
     except OSError as e: raise ValueError(f"--report {path}: cannot be written ({e.strerror})") from e
 
-# %% ../../nbs/serving/18_commands.ipynb #a7270239
+# %% ../../nbs/serving/18_commands.ipynb #2155bb2a
 def sim(
     trace: str = "sharegpt",                 # a trace of `data list`, a generated workload (sharegpt, dist-1, dist-2, dist-3), or a CSV, JSONL or parquet file
     policy: list[str] = ["past_future", "aggressive", "conservative", "oracle"],  # who decides on admission; repeat the option
@@ -136,7 +136,8 @@ def _json(value: Any) -> str:
 
 COMMANDS = {"sim": sim}
 EXPERIMENTS = {"serving/past_future_memory": "modeltc_lab.serving.studies:memory_behaviour", "serving/past_future_premise": "modeltc_lab.serving.studies:premise",
-               "serving/past_future_cost": "modeltc_lab.serving.studies:decision_cost", "serving/past_future_goodput": "modeltc_lab.serving.studies:goodput"}
+               "serving/past_future_cost": "modeltc_lab.serving.studies:decision_cost", "serving/past_future_goodput": "modeltc_lab.serving.studies:goodput",
+               "serving/past_future_reserve": "modeltc_lab.serving.studies:reserve_tradeoff", "serving/past_future_race": "modeltc_lab.serving.studies:race"}
 sim.__option_groups__ = {  # type: ignore[attr-defined]
     "Traffic": ["trace", "requests", "rate", "clients", "max_new_tokens"], "Engine": ["capacity", "model", "device", "tp", "prefill_budget", "max_batch"],
     "Policies": ["policy", "reserve", "window", "futures", "variant", "resample", "watermark", "seed"], "Output": ["sla", "json", "report"]}

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from .policies import (KIND_CAP, KIND_HISTORY, KIND_TRUE, AdmissionPolicy, AdmissionView, Compiled, IntArray, no_history,
                                           register)
 
-# %% ../../nbs/serving/13_past_future.ipynb #25b1c01c
+# %% ../../nbs/serving/13_past_future.ipynb #439c2d23
 def _batch(held: ArrayLike, remaining: ArrayLike, page: int) -> tuple[IntArray, IntArray]:
     "The two columns as integers, checked."
     c, r = np.asarray(held, dtype=np.int64), np.asarray(remaining, dtype=np.int64)
@@ -40,7 +40,7 @@ def peak_tokens(
     ends = np.cumsum(c + page - 1, axis=-1) + np.arange(1, c.shape[-1] + 1) * r
     return ends.max(axis=-1)
 
-# %% ../../nbs/serving/13_past_future.ipynb #0bce155c
+# %% ../../nbs/serving/13_past_future.ipynb #02cf71ce
 def peak_pages(
     held: ArrayLike,       # (n,) KV slots held now
     remaining: ArrayLike,  # (n,) KV slots still to be written
@@ -52,7 +52,7 @@ def peak_pages(
     use = -(-(c[None] + ends[:, None]) // page) * page * (r[None] >= ends[:, None])
     return int(use.sum(axis=1).max(initial=0))
 
-# %% ../../nbs/serving/13_past_future.ipynb #0566f467
+# %% ../../nbs/serving/13_past_future.ipynb #b89009cc
 @njit(cache=True)
 def _peak(held, remaining):
     "`peak_tokens` of one batch, compiled."
@@ -92,7 +92,7 @@ def _fit_prefix(held, remaining, q_held, q_remaining, budget):
         if peak > budget: return j
     return q
 
-# %% ../../nbs/serving/13_past_future.ipynb #c751d621
+# %% ../../nbs/serving/13_past_future.ipynb #aef38ba6
 def admissible_prefix(
     held: ArrayLike,       # (n + q,) KV slots held, running requests first
     remaining: ArrayLike,  # (n + q,) KV slots still to be written
@@ -106,7 +106,7 @@ def admissible_prefix(
     c = c + page - 1
     return int(_fit_prefix(c[:n_running], r[:n_running], c[n_running:], r[n_running:], budget))
 
-# %% ../../nbs/serving/13_past_future.ipynb #04ebbccd
+# %% ../../nbs/serving/13_past_future.ipynb #3d23f33a
 @njit(cache=True)
 def _mix(x):
     "One step of splitmix64: 64 well mixed bits of a 64-bit counter."
@@ -127,7 +127,7 @@ def _uniform(stream, request):
     "The draw of one request in [0, 1): the same whoever else is in the batch."
     return float(_mix(stream ^ _mix(np.uint64(request))) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
-# %% ../../nbs/serving/13_past_future.ipynb #d5f79ad8
+# %% ../../nbs/serving/13_past_future.ipynb #5ea8cc95
 @njit(cache=True)
 def _uniforms(seed, turn, futures, ids):
     "The draws of one decision, compiled."
@@ -147,7 +147,7 @@ def uniforms(
     "The draws behind one decision. Each depends on the request, the future and the turn, and on nobody else in the batch."
     return _uniforms(seed, turn, futures, np.asarray(ids, np.int64))
 
-# %% ../../nbs/serving/13_past_future.ipynb #379e4ecd
+# %% ../../nbs/serving/13_past_future.ipynb #9bc1e36a
 @njit(cache=True)
 def _count_le(ordered, filled, value):
     "How many of the first `filled` sorted entries are <= value."
@@ -191,7 +191,7 @@ def _push(ring, ordered, state, value):
     ring[place] = value
     state[0], state[1] = filled + 1, (place + 1) % window
 
-# %% ../../nbs/serving/13_past_future.ipynb #7b0d6e51
+# %% ../../nbs/serving/13_past_future.ipynb #8bbc02f6
 class LengthModel(Protocol):
     "Where guesses of reply lengths come from."
 
@@ -250,7 +250,7 @@ class HistoryLengths:
         "Draw `futures` total lengths for each request, shape (futures, n)."
         return self.quantile(generated, cap, rng.random((futures, len(generated))))
 
-# %% ../../nbs/serving/13_past_future.ipynb #c531a806
+# %% ../../nbs/serving/13_past_future.ipynb #1f9207f6
 class KnownLengths:
     "The true reply lengths by request id. For evaluation only: no service has them."
 
@@ -268,7 +268,7 @@ class KnownLengths:
         "The truth, `futures` times."
         return np.tile(self.lengths[ids], (futures, 1))
 
-# %% ../../nbs/serving/13_past_future.ipynb #ad224109
+# %% ../../nbs/serving/13_past_future.ipynb #d13e377d
 @njit(cache=True)
 def _history_admit(params, ordered, state, ids, held, generated, cap, q_ids, q_held, q_generated, q_cap, usable):
     "Admitted prefix under sampled futures. params: reserve, futures, interp, persistent, share of futures that must fit, seed."
@@ -289,7 +289,7 @@ def _history_admit(params, ordered, state, ids, held, generated, cap, q_ids, q_h
         fits[k] = _fit_prefix(held, left, q_held, q_left, usable)
     return np.sort(fits)[futures - int(np.ceil(params[4] * futures - 1e-9))]
 
-# %% ../../nbs/serving/13_past_future.ipynb #ac6549c4
+# %% ../../nbs/serving/13_past_future.ipynb #ca9d5715
 @register("past_future")
 class PastFuture(AdmissionPolicy):
     "Admit while the predicted peak of the batch fits, for every sampled future (the Past-Future scheduler)."
@@ -346,7 +346,7 @@ class PastFuture(AdmissionPolicy):
         init = model.init if isinstance(model.init, (int, type(None))) else f"{len(model.init)} observed lengths"
         return {**super().describe(), "window": model.window, "init": init, "variant": model.variant, "resample": model.resample}
 
-# %% ../../nbs/serving/13_past_future.ipynb #581eeb91
+# %% ../../nbs/serving/13_past_future.ipynb #6da84f4b
 @register("future_peak")
 class FuturePeak(AdmissionPolicy):
     "The future without the past: the exact peak, as if every reply ran to the cap (LightLLM's default)."
@@ -357,7 +357,7 @@ class FuturePeak(AdmissionPolicy):
 
     def compiled(self) -> Compiled: return Compiled(KIND_CAP, np.zeros(1), *no_history())
 
-# %% ../../nbs/serving/13_past_future.ipynb #de354c51
+# %% ../../nbs/serving/13_past_future.ipynb #def4891d
 @register("oracle")
 class Oracle(AdmissionPolicy):
     "The exact peak with the true reply lengths: the bound nobody can have, for evaluation only."

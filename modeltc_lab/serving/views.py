@@ -242,7 +242,7 @@ def length_posterior_twin() -> viz.Twin:
                     default={"generated": 100, "window": starts[0], "variant": "step"}, title="What can this request still become?",
                     labels={"generated": "tokens made so far", "window": "window starts at reply", "variant": "variant"})
 
-# %% ../../nbs/serving/19_views.ipynb #70fb9473
+# %% ../../nbs/serving/19_views.ipynb #b1173e84
 def similarity_heatmaps(
     matrices: Mapping[str, NDArray[np.float64]],  # trace -> (windows, windows) cosine
 ) -> go.Figure:
@@ -258,18 +258,19 @@ def similarity_heatmaps(
 
 
 def reserve_tradeoff(
-    sweep: Mapping[float, Mapping[str, float]],  # reserve -> figures of `studies.memory_figures`
+    records: Sequence[Record],  # of serving/past_future_reserve
 ) -> go.Figure:
-    "Steps and evictions against the reserve."
-    reserves, style = list(sweep), viz.style("past_future")
-    x = [100 * r for r in reserves]
-    fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
-    for col, metric, unit in ((1, "evictions", "evictions per 100 finished"), (2, "decode steps", "decode steps")):
-        fig.add_scatter(x=x, y=[sweep[r][metric] for r in reserves], mode="lines+markers", name=unit, showlegend=False, row=1, col=col,
-                        line=dict(color=style.color), marker=dict(symbol=style.symbol, size=9))
+    "Steps and evictions against the reserve; every seed is a point."
+    style, fig = viz.style("past_future"), make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    for col, metric in ((1, "evictions"), (2, "decode steps")):
+        rows = [r for r in records if r.metric == metric]
+        x = [100 * float(r.x or 0) for r in rows]
+        fig.add_scatter(x=x, y=[r.median for r in rows], mode="lines", name="median", showlegend=False, line=dict(color=style.color), row=1, col=col)
+        fig.add_scatter(x=[v for v, r in zip(x, rows) for _ in r.samples], y=[s for r in rows for s in r.samples], mode="markers", name="seed", showlegend=False,
+                        marker=dict(color=style.color, symbol=style.symbol, size=8), row=1, col=col)
         fig.update_xaxes(title_text="reserve (% of slots)", row=1, col=col)
-        fig.update_yaxes(title_text=unit, row=1, col=col, rangemode="tozero" if col == 1 else "normal")
-    return fig.update_layout(height=340, title="A reserve buys fewer evictions with more steps (Dist-1, one seed)")
+        fig.update_yaxes(title_text=f"{metric} ({rows[0].unit})" if rows else metric, row=1, col=col, rangemode="tozero" if col == 1 else "normal")
+    return fig.update_layout(height=340, title="A reserve buys fewer evictions with more steps (Dist-1)")
 
 
 def goodput_shares(
