@@ -111,6 +111,13 @@ def shown(output):
 def markdown(text, cell_id="m"): return dict(cell_type="markdown", id=cell_id, metadata={}, source=text)
 
 
+def only_imports(source):
+    "Does a cell only import? Such cells are folded."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+
+
 def cells(nb, up):
     "The cells of a page: directives obeyed and removed, outputs made static."
     for cell in nb["cells"]:
@@ -122,8 +129,9 @@ def cells(nb, up):
         directives = {k: v.strip() for k, v in re.findall(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)$", source, flags=re.M)}
         if "hide" in directives or "default_exp" in directives: continue
         source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
+        folded = directives.get("code-fold") == "true" or only_imports(source)
         tags = [tag for tag, when in (("remove-input", directives.get("echo") == "false"), ("remove-output", directives.get("output") == "false"),
-                                      ("hide-input", directives.get("code-fold") == "true"), ("exported", "export" in directives)) if when]
+                                      ("hide-input", folded), ("exported", "export" in directives)) if when]
         outputs = [o for o in map(shown, cell.get("outputs", [])) if o is not None]
         yield {**cell, "source": source, "outputs": outputs, "metadata": {"tags": tags}}
 
@@ -181,7 +189,7 @@ def parameters(function):
     except Exception: return ""
     rows = []
     for name, note in notes.items():
-        if name == "self": continue
+        if name in ("self", "cls"): continue
         default = "" if name == "return" else "*required*" if note.default is inspect.Parameter.empty else f"`{text_cell(repr(note.default))}`"
         described = text_cell(note.docment)
         kind = text_cell(annotation(note.anno))
@@ -194,7 +202,7 @@ def signature(name, thing):
     "A signature without annotations."
     try: s = inspect.signature(thing)
     except (ValueError, TypeError): return ""
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in s.parameters.values() if p.name != "self"]
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in s.parameters.values() if p.name not in ("self", "cls")]
     shown = [str(p) if len(str(p)) < 60 else f"{p.name}=..." for p in plain]
     return f"```python\n{name}({', '.join(shown)})\n```"
 
@@ -215,7 +223,7 @@ def entry(name, thing):
     out = [f'<a id="api-{name}"></a>', f"## {name}", f'<span class="api-kind">{kind}</span>', inspect.getdoc(thing) if kind != "value" and thing.__doc__ else ""]
     if kind == "value": return "\n\n".join([*out[:3], f"`{text_cell(repr(thing))[:300]}`"])
     table = fields(thing) if kind == "class" else ""
-    out += [signature(name, thing), table or (parameters(thing.__init__ if kind == "class" else thing) if not (kind == "class" and issubclass(thing, BaseException)) else "")]
+    if not (kind == "class" and getattr(thing, "_is_protocol", False)): out += [signature(name, thing), table or (parameters(thing.__init__ if kind == "class" else thing) if not (kind == "class" and issubclass(thing, BaseException)) else "")]
     if kind == "class":
         for method, function in vars(thing).items():
             inner = function.__func__ if isinstance(function, (classmethod, staticmethod)) else function.fget if isinstance(function, property) else function
@@ -225,20 +233,28 @@ def entry(name, thing):
 
 
 def public(module):
-    "What a module exports, in order; plain constants that have nothing to say are left out."
-    tree = ast.parse(inspect.getsource(module))
-    return [n for n in module.__all__ if callable(getattr(module, n, None))], [n.name for n in tree.body if isinstance(n, ast.ClassDef)]
+    "The classes and functions a module exports, in order; constants and aliases of other people's types are left out."
+    return [n for n in module.__all__ if callable(thing := getattr(module, n, None)) and getattr(thing, "__module__", None) == module.__name__]
+
+
+def sources():
+    "Module -> the notebook it is exported from."
+    found = {}
+    for path in sorted(EXECUTED.rglob("*.ipynb")):
+        exported = re.search(r"#\|\s*default_exp (\S+)", "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"))
+        if exported: found[exported[1]] = page_name(path.relative_to(EXECUTED))
+    return found
 
 
 def write_api():
     "A page for every exported module and one that lists them."
-    pages = []
+    pages, explained = [], sources()
     for module_name in sorted(index["syms"]):
         module = importlib.import_module(module_name)
-        names, _ = public(module)
+        names = public(module)
         short = module_name.removeprefix("modeltc_lab.")
         doc = (module.__doc__ or "").strip()
-        text = [f"# {short}", f'<p class="lead">{html.escape(doc.splitlines()[0]) if doc else ""}</p>', f"`from {module_name} import …`", *[entry(n, getattr(module, n)) for n in names]]
+        text = [f"# {short}", f'<p class="lead">{html.escape(doc.splitlines()[0]) if doc else ""}</p>', f"`from {module_name} import ...`" + (f" · explained in [the notebook](../{explained[short]}.html)" if short in explained else ""), *[entry(n, getattr(module, n)) for n in names]]
         path = SRC / "api" / f"{short}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(text) + "\n")

@@ -16,7 +16,7 @@
     out.legend = {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, bgcolor: "rgba(0,0,0,0)", ...(layout.legend || {})};
     const title = typeof layout.title === "string" ? {text: layout.title} : {...(layout.title || {})};
     if (title.text) out.title = {...title, x: 0, xref: "paper", xanchor: "left", yref: "container", y: 0.98, yanchor: "top",
-      text: wrap(title.text, Math.floor(el.clientWidth / (small ? 6.2 : 8))), font: {size: small ? 12 : 15, color: ink}};
+      text: wrap(title.text, Math.floor((el.clientWidth - out.margin.l - out.margin.r) / (small ? 6.8 : 8.4))), font: {size: small ? 12 : 15, color: ink}};
     for (const name of new Set(["xaxis", "yaxis", ...axes(layout)]))
       out[name] = {automargin: true, gridcolor: grid, zerolinecolor: grid, linecolor: grid, ...(layout[name] || {})};
     for (const s of out.sliders || []) { s.font = {color: ink}; s.bordercolor = grid; }
@@ -42,6 +42,8 @@
     return draw().then(() => spec.frames && spec.frames.length && Plotly.addFrames(plot, spec.frames)).then(() => draw);
   }
 
+  let controls = 0;
+
   function twin(el) {
     const spec = JSON.parse(el.querySelector("script").textContent);
     const plot = el.querySelector(".plot"), panel = el.querySelector(".controls");
@@ -56,15 +58,17 @@
       const label = document.createElement("label"), name = document.createElement("span"), value = document.createElement("output");
       name.textContent = c.label;
       label.append(name);
+      label.htmlFor = `mlab-control-${++controls}`;  // without it the label would name its <output>
       if (numeric) {
         const input = document.createElement("input");
-        Object.assign(input, {type: "range", min: 0, max: c.values.length - 1, step: 1, value: state[i], name: c.name});
+        Object.assign(input, {type: "range", min: 0, max: c.values.length - 1, step: 1, value: state[i], name: c.name, id: label.htmlFor});
+        input.setAttribute("aria-valuetext", c.values[state[i]]);
         value.textContent = c.values[state[i]];
-        input.addEventListener("input", () => { state[i] = +input.value; value.textContent = c.values[state[i]]; draw(); });
+        input.addEventListener("input", () => { state[i] = +input.value; value.textContent = c.values[state[i]]; input.setAttribute("aria-valuetext", value.textContent); draw(); });
         label.append(value, input);
       } else {
         const select = document.createElement("select");
-        select.name = c.name;
+        Object.assign(select, {name: c.name, id: label.htmlFor});
         c.values.forEach((v, j) => select.add(new Option(v, j, false, j === state[i])));
         select.addEventListener("change", () => { state[i] = +select.value; draw(); });
         label.append(select);
@@ -74,19 +78,28 @@
     return draw().then(() => draw);
   }
 
+  // Search shows an extract of each page only where pages can be fetched, which is not so on disk.
+  if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
   function main() {
     if (!window.Plotly) return;
     const redraw = [];
     document.querySelectorAll(".mlab-figure").forEach((el) => figure(el).then((d) => redraw.push(d)));
     document.querySelectorAll(".mlab-twin").forEach((el) => twin(el).then((d) => redraw.push(d)));
     new MutationObserver(() => redraw.forEach((d) => d())).observe(document.documentElement, {attributes: true, attributeFilter: ["data-theme"]});
-    let timer, width = window.innerWidth;
-    window.addEventListener("resize", () => {
-      if (window.innerWidth === width) return;
-      width = window.innerWidth;
+    let timer;  // the column changes its width with the window, the sidebar and the fonts
+    const widths = new WeakMap();
+    const watch = new ResizeObserver((entries) => {
+      let changed = false;
+      for (const {target} of entries) {
+        changed ||= widths.get(target) !== target.clientWidth;
+        widths.set(target, target.clientWidth);
+      }
+      if (!changed) return;
       clearTimeout(timer);
-      timer = setTimeout(() => redraw.forEach((d) => d()), 150);
+      timer = setTimeout(() => redraw.forEach((d) => d()), 100);
     });
+    document.querySelectorAll(".mlab-figure .plot, .mlab-twin .plot").forEach((el) => watch.observe(el));
   }
 
   document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", main) : main();

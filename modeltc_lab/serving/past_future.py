@@ -191,7 +191,7 @@ def _push(ring, ordered, state, value):
     ring[place] = value
     state[0], state[1] = filled + 1, (place + 1) % window
 
-# %% ../../nbs/serving/13_past_future.ipynb #8bbc02f6
+# %% ../../nbs/serving/13_past_future.ipynb #778f4bc6
 class LengthModel(Protocol):
     "Where guesses of reply lengths come from."
 
@@ -208,7 +208,7 @@ class HistoryLengths:
     def __init__(
         self,
         window: int = 1000,               # finished requests remembered
-        init: int | Sequence[int] | None = None,  # half the window starts at this length, or the window starts with these; None: the service's cap
+        init: int | Sequence[int] | IntArray | None = None,  # half the window starts at this length, or the window starts with these; None: the service's cap
         variant: Literal["step", "interp"] = "step",  # draw a past length, or interpolate between them up to the cap
         resample: Literal["every_pass", "persistent"] = "every_pass",  # new draws at each decision, or one fixed quantile a request
     ):

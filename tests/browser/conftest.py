@@ -12,11 +12,10 @@ INSTALL = "apt-get install chromium, and pip install playwright"
 @pytest.fixture(scope="session")
 def browser():
     "A running Chromium."
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip(f"playwright is missing: {INSTALL}")
+    api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing: {INSTALL}", exc_type=ImportError)
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None: pytest.skip(f"no Chromium found ({', '.join(NAMES)}): {INSTALL}")
-    with sync_playwright() as playwright:
+    with api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield running
         running.close()
