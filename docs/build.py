@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,10 +175,13 @@ def hero(title, subtitle):
 
 # --- API pages -----------------------------------------------------------------------------------------------------------
 
-def annotation(value):
-    "A type as text."
-    if value is inspect.Parameter.empty or value is None: return ""
-    return value if isinstance(value, str) else getattr(value, "__name__", None) if isinstance(value, type) else str(value).replace("typing.", "").replace("numpy.", "np.")
+def written_types(function):
+    "The annotations of a function as they stand in its source."
+    try: tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError): return {}
+    if not isinstance(tree, ast.FunctionDef): return {}
+    found = {a.arg: ast.unparse(a.annotation) for a in [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs] if a.annotation is not None}
+    return found | ({"return": ast.unparse(tree.returns)} if tree.returns is not None else {})
 
 
 def text_cell(value): return str(value if value is not None else "").replace("|", "\\|").replace("\n", " ").strip()
@@ -187,12 +191,12 @@ def parameters(function):
     "The parameter table of a function from its docments."
     try: notes = docments(function, full=True, returns=True)
     except Exception: return ""
-    rows = []
+    types, rows = written_types(function), []
     for name, note in notes.items():
         if name in ("self", "cls"): continue
         default = "" if name == "return" else "*required*" if note.default is inspect.Parameter.empty else f"`{text_cell(repr(note.default))}`"
         described = text_cell(note.docment)
-        kind = text_cell(annotation(note.anno))
+        kind = text_cell(types.get(name, ""))
         if name == "return" and not (described or kind): continue
         rows.append(f"| {'**returns**' if name == 'return' else f'`{name}`'} | {f'`{kind}`' if kind else ''} | {default if len(default) < 60 else '…'} | {described} |")
     return "\n".join(["| parameter | type | default | description |", "|---|---|---|---|", *rows]) if rows else ""

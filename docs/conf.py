@@ -5,6 +5,7 @@ extensions = ["myst_nb", "sphinx.ext.mathjax"]
 root_doc = "index"
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
 myst_heading_anchors = 3
 myst_all_links_external = True

@@ -7,12 +7,14 @@ __all__ = ['TECHNIQUES', 'PARTIAL', 'CORE_VERBS', 'USER_ERRORS', 'UsageError', '
            'experiments', 'list_techniques', 'data_list', 'data_get', 'show_settings', 'run_experiment', 'build_parser',
            'main', 'entry']
 
-# %% ../../nbs/core/06_cli.ipynb #2d41f839
+# %% ../../nbs/core/06_cli.ipynb #9f5094c4
 import argparse
 import inspect
 import json
+import os
 import pkgutil
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -67,7 +69,7 @@ def technique_state(
     if not technique.built: return "not built yet"
     return f"partly built ({PARTIAL[technique.name]})" if technique.name in PARTIAL else "built"
 
-# %% ../../nbs/core/06_cli.ipynb #f6bfbcdf
+# %% ../../nbs/core/06_cli.ipynb #147893a8
 class _Parser(argparse.ArgumentParser):
     "argparse that raises instead of printing its usage and leaving."
 
@@ -91,13 +93,14 @@ def _shown(value: Any) -> str:
 def _add_option(group: Any, name: str, parameter: inspect.Parameter, text: str) -> None:
     "One parameter of the function as an option; as a positional argument when it has no default, an optional one when the default is empty text."
     kind, several = _plain(parameter.annotation)
+    text = text.replace("%", "%%")
     default, flag = parameter.default, "--" + name.replace("_", "-")
     if default is parameter.empty: group.add_argument(name, type=kind, help=text)
     elif default == "": group.add_argument(name, type=kind, nargs="?", help=text)
     elif kind is bool: group.add_argument(flag, dest=name, action="store_true", help=text)
     else:
-        text = text if "default" in text else text + _shown(default)
-        group.add_argument(flag, dest=name, type=kind, default=None, action="append" if several else "store", metavar=name.split("_")[-1].upper(), help=text.replace("%", "%%"))
+        text = text if "default" in text else text + _shown(default).replace("%", "%%")
+        group.add_argument(flag, dest=name, type=kind, default=None, action="append" if several else "store", metavar=name.split("_")[-1].upper(), help=text)
 
 
 def add_verb(
@@ -108,14 +111,14 @@ def add_verb(
     "Make a sub-parser from a function's signature and docments."
     from fastcore.docments import docments
     lines = (function.__doc__ or "").strip().splitlines()
-    parser = verbs.add_parser(name, help=lines[0] if lines else "", description=function.__doc__)
+    parser = verbs.add_parser(name, help=lines[0].replace("%", "%%") if lines else "", description=function.__doc__)
     groups, notes = getattr(function, "__option_groups__", {}), docments(function, returns=False)
     home = {option: group for title, options in groups.items() for group in [parser.add_argument_group(title)] for option in options}
     for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
         _add_option(home.get(key, parser), key, parameter, (notes.get(key) or "").strip())
     parser.set_defaults(_function=function)
 
-# %% ../../nbs/core/06_cli.ipynb #ae331f19
+# %% ../../nbs/core/06_cli.ipynb #edf72038
 def _rooms() -> list[str]:
     "Sub-packages that bring commands, by name."
     rooms = [m.name for m in pkgutil.iter_modules(modeltc_lab.__path__) if m.ispkg and m.name != "core"]
@@ -172,6 +175,14 @@ def show_settings(
     print(_dumps({"file": str(find_settings() or ""), **values}) if json else _rows([{"setting": k, "value": v} for k, v in {"file": find_settings() or "none", **values}.items()]))
 
 
+def _writable(folder: Path) -> None:
+    "Make a folder for records, or say that it cannot be."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise UsageError(f"results folder {folder}: cannot be written ({e.strerror}); name another with --results") from e
+
+
 def run_experiment(
     experiment: str = "",        # room/name; none: list them
     full: bool = False,          # the larger version
@@ -184,17 +195,19 @@ def run_experiment(
         print(_dumps(sorted(known)) if json else "\n".join(sorted(known)))
         return
     if experiment not in known: raise UsageError(f"experiment {experiment!r}: need one of {', '.join(sorted(known))}")
-    from modeltc_lab.core.results import table, write
+    from modeltc_lab.core.results import results_root, table, write
+    root = Path(results) if results else results_root()
+    _writable(root)  # before the work, not after it
     module, function = known[experiment].split(":")
     records = getattr(import_module(module), function)(full=full)
     if not records: raise UsageError(f"experiment {experiment!r} measured nothing: its data is not within reach (`modeltc-lab data list`)")
-    path = write(records, Path(results) if results else None)
+    path = write(records, root)
     print(_dumps([r.model_dump(mode="json") for r in records]) if json else f"{table(records, rows=('method', 'x'), cols='metric')}\n\n{len(records)} records in {path}")
 
 
 def _dumps(value: Any) -> str: return json.dumps(value, indent=2, ensure_ascii=False)
 
-# %% ../../nbs/core/06_cli.ipynb #831a0178
+# %% ../../nbs/core/06_cli.ipynb #7a193e22
 CORE_VERBS: dict[str, Any] = {"list": list_techniques, "data": {"list": data_list, "get": data_get}, "run": run_experiment, "settings": show_settings}
 
 
@@ -217,6 +230,13 @@ def build_parser() -> argparse.ArgumentParser:
 USER_ERRORS = ("UsageError", "SettingsError", "DataError", "UnknownDataError", "WorkloadError", "RequestTooLarge", "BenchError")
 
 
+def _leave(code: int) -> int:
+    "Flush what was printed; when the reader has gone, nothing more can be said to it."
+    try: sys.stdout.flush()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: the process's own
 ) -> int:                               # 0, 2 for a mistake of the user, 130 when interrupted
@@ -225,14 +245,13 @@ def main(
         options = vars(build_parser().parse_args(argv))
         function = options.pop("_function")
         function(**{k: v for k, v in options.items() if v is not None})
+        sys.stdout.flush()  # a reader that has gone is noticed here, not while Python shuts down
         return 0
-    except SystemExit as e: return int(e.code or 0)
+    except SystemExit as e: return _leave(int(e.code or 0))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")  # the reader has gone; nothing more can be said to it
-        return 0
+    except BrokenPipeError: return _leave(0)
     except (ValueError, RuntimeError, OSError) as e:
         if not isinstance(e, ValueError) and type(e).__name__ not in USER_ERRORS: raise
         print("modeltc-lab: " + " ".join(str(e).split()), file=sys.stderr)

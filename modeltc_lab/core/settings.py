@@ -37,7 +37,7 @@ class Settings:
     time_budget_s: float         # what an interactive experiment may take
     offline: bool                # never use the network
 
-# %% ../../nbs/core/01_settings.ipynb #7f551382
+# %% ../../nbs/core/01_settings.ipynb #684f0bb2
 def _paths(text: str, base: Path) -> tuple[Path, ...]:
     return tuple(_path(part.strip(), base) for part in text.split(os.pathsep) if part.strip())
 
@@ -48,8 +48,10 @@ def _path(text: str, base: Path) -> Path:
 
 def _number(kind: type, low: float) -> Callable[[str, Path], Any]:
     def read(text: str, base: Path) -> Any:
-        value = kind(text)
-        if not value >= low: raise ValueError(f"need a number >= {low}")
+        need = f"need a {'whole ' if kind is int else ''}number >= {low}"
+        try: value = kind(text)
+        except ValueError: raise ValueError(need) from None
+        if not value >= low: raise ValueError(need)
         return value
     return read
 
@@ -81,12 +83,18 @@ def _read(key: str, text: str, base: Path, where: str) -> Any:
     except ValueError as e: raise SettingsError(f"{where}: {key}={text!r}: {e}") from e
 
 
+def _ours(file: Path) -> bool:
+    "Has the file our section? One that cannot be read counts, so that reading it says why."
+    try: return any(line.strip() == "[modeltc_lab]" for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+    except OSError: return file.is_file()
+
+
 def find_settings(
     start: Path | None = None,  # where to begin; None: the working directory
 ) -> Path | None:               # None when there is no such file above
-    "The nearest `settings.ini` at or above a folder."
+    "The nearest `settings.ini` with a section [modeltc_lab] at or above a folder; those of other tools are passed over."
     here = (start or Path.cwd()).resolve()
-    return next((d / FILE for d in (here, *here.parents) if (d / FILE).is_file()), None)
+    return next((d / FILE for d in (here, *here.parents) if _ours(d / FILE)), None)
 
 
 def load_settings(

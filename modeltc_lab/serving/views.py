@@ -242,17 +242,19 @@ def length_posterior_twin() -> viz.Twin:
                     default={"generated": 100, "window": starts[0], "variant": "step"}, title="What can this request still become?",
                     labels={"generated": "tokens made so far", "window": "window starts at reply", "variant": "variant"})
 
-# %% ../../nbs/serving/19_views.ipynb #b1173e84
+# %% ../../nbs/serving/19_views.ipynb #2bb3d2c7
 def similarity_heatmaps(
     matrices: Mapping[str, NDArray[np.float64]],  # trace -> (windows, windows) cosine
 ) -> go.Figure:
     "One square a trace: how alike the reply lengths of any two windows are."
-    fig = make_subplots(rows=1, cols=len(matrices), subplot_titles=list(matrices), horizontal_spacing=0.04)
-    for i, m in enumerate(matrices.values(), 1):
-        fig.add_heatmap(z=np.round(m, 3), coloraxis="coloraxis", row=1, col=i, hovertemplate="window %{x} and %{y}: %{z:.3f}<extra></extra>")
-        fig.update_xaxes(title_text="window", constrain="domain", row=1, col=i)
-        fig.update_yaxes(scaleanchor=f"x{i if i > 1 else ''}", autorange="reversed", constrain="domain", row=1, col=i)
-    fig.update_layout(height=330, title="Cosine similarity of reply-length histograms, all pairs of windows",
+    rows = (len(matrices) + 1) // 2
+    fig = make_subplots(rows=rows, cols=2, subplot_titles=list(matrices), horizontal_spacing=0.1, vertical_spacing=0.16)
+    for i, m in enumerate(matrices.values()):
+        at = dict(row=i // 2 + 1, col=i % 2 + 1)
+        fig.add_heatmap(z=np.round(m, 3), coloraxis="coloraxis", hovertemplate="window %{x} and %{y}: %{z:.3f}<extra></extra>", **at)
+        fig.update_xaxes(title_text="window" if i // 2 + 1 == rows else None, constrain="domain", **at)
+        fig.update_yaxes(scaleanchor=f"x{i + 1 if i else ''}", autorange="reversed", constrain="domain", **at)
+    fig.update_layout(height=60 + 300 * rows, title="Cosine similarity of reply-length histograms, all pairs of windows",
                       coloraxis=dict(colorscale="Viridis", cmin=0.5, cmax=1, colorbar=dict(title="cosine", thickness=12)))
     return fig
 

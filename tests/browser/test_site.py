@@ -166,6 +166,8 @@ def test_nothing_sticks_out(visit, name, width, look):
     page = visit.open(name, DRAWN if name in ("index.html", TECHNIQUE) else "() => document.readyState === 'complete'")
     page.wait_for_function(f"() => ({OVERFLOW})() <= 0")
     page.wait_for_function(f"() => ({CUT})() === 0")
+    clipped = "all => all.filter(el => el.scrollWidth > el.clientWidth + 1 && el.clientWidth > 2).map(el => el.textContent.trim())"
+    assert page.eval_on_selector_all(".bd-article h1, .bd-article h2, .bd-article h3, .prev-next-info p", clipped) == []
 
 
 def test_the_guard_can_fail(browser):

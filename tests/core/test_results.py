@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_writing_replaces_and_a_failed_write_keeps_the_old(tmp_path, monkeypatch
     assert results.read(root=tmp_path)[0].samples == [2.0] and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("bad", [dict(samples=[]), dict(samples=[float("inf")]), dict(experiment="a b"), dict(method="")])
+@pytest.mark.parametrize("bad", [dict(samples=[]), dict(samples=[float("inf")]), dict(experiment="a b"), dict(method=""), dict(device="a/b"), dict(device="../x"), dict(device="a b"),
+                                 dict(wall_s=float("nan")), dict(x=float("inf")), dict(config={"a": [float("nan")]}), dict(config={"a": {1}})])
 def test_bad_records_are_refused(bad):
     with pytest.raises(ValueError): make(**bad)
 
@@ -66,3 +68,18 @@ def test_kernel_rows_are_records():
     spec.loader.exec_module(rows)
     row = rows.row("paged_decode_speed", "m", "time", "us", [1, 2], device="NVIDIA H100 80GB HBM3", x_name="n", x="1", config={"n": 1})
     assert results.Record.model_validate(json.loads(json.dumps(row))).device == "nvidia-h100-80gb-hbm3"
+
+
+def test_commit_is_ours_and_not_a_strangers(tmp_path, monkeypatch):
+    "Installed into an environment that lies in the user's own repository, the package must not borrow that repository's commit."
+    git = lambda *a: subprocess.run(["git", "-c", "user.email=a@b.c", "-c", "user.name=a", *a], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    module = tmp_path / ".venv" / "lib" / "modeltc_lab" / "core" / "results.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(results, "__file__", str(module))
+    assert results.commit() == "unknown"
+    ours = tmp_path / "modeltc_lab" / "core" / "results.py"
+    ours.parent.mkdir(parents=True)
+    monkeypatch.setattr(results, "__file__", str(ours))
+    assert results.commit() == git("rev-parse", "--short", "HEAD")

@@ -35,7 +35,7 @@ def test_frozen():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[modeltc_lab]\nsed = 1\n", "unknown setting 'sed'"), ("[modeltc_lab]\nseed = -1\n", "seed='-1'"), ("[modeltc_lab]\noffline = maybe\n", "need yes or no"),
+    ("[modeltc_lab]\nsed = 1\n", "unknown setting 'sed'"), ("[modeltc_lab]\nseed = -1\n", "seed='-1': need a whole number >= 0"), ("[modeltc_lab]\nthreads = many\n", "threads='many': need a whole number >= 1"), ("[modeltc_lab]\noffline = maybe\n", "need yes or no"),
     ("[modeltc_lab]\ntime_budget_s = nan\n", "time_budget_s='nan'"), ("[other]\nseed = 1\n", "unknown section [other]"), ("no section", "settings.ini")])
 def test_bad_file(tmp_path, text, message):
     file = tmp_path / "settings.ini"
@@ -48,3 +48,11 @@ def test_bad_file(tmp_path, text, message):
 def test_unknown_environment_names_are_refused(name):
     if name.lower() in READERS: return
     with pytest.raises(SettingsError, match="unknown setting"): load_settings(ROOT / "settings.ini", {f"MODELTC_LAB_{name.upper()}": "1"})
+
+
+def test_files_of_other_tools_are_passed_over(tmp_path):
+    (tmp_path / "settings.ini").write_text("[modeltc_lab]\nseed = 5\n")
+    (other := tmp_path / "other").mkdir()
+    (other / "settings.ini").write_text("[DEFAULT]\nlib_name = theirs\n")
+    assert find_settings(other) == (tmp_path / "settings.ini").resolve()
+    with pytest.raises(SettingsError, match="unknown setting 'lib_name'"): load_settings(other / "settings.ini", {})

@@ -50,3 +50,23 @@ def test_widgets_follow_their_controls():
     p = views.length_posterior_widget()
     p.controls["generated"].value = 250
     assert min(p.draws) > 250 and "after 250 tokens" in p.fig.layout.title.text
+
+
+def test_frames_carry_what_moves_besides_the_data():
+    def build(level):
+        return go.Figure(go.Scatter(y=[1, 2]), layout=dict(shapes=[dict(type="line", x0=0, x1=1, y0=level, y1=level)] if level else [], yaxis=dict(range=[0, level + 1]), height=300))
+    frames = viz.twin(build, {"level": (0, 1, 2)}).figure.frames
+    assert [len(f.layout.shapes) for f in frames] == [0, 1, 1] and [f.layout.yaxis.range[1] for f in frames] == [1, 2, 3]
+    assert all(f.layout.height is None for f in frames)
+
+
+def test_numpy_values_become_plain_numbers():
+    import numpy as np
+    t = viz.twin(lambda a: go.Figure(), {"a": np.arange(3)}, default={"a": 1})
+    assert t.values == ((0, 1, 2),) and type(t.values[0][0]) is int and t.default == (1,)
+
+
+def test_page_of_a_twin_asks_no_host(tmp_path):
+    import re
+    page = viz.twin(lambda a: go.Figure(), {"a": ("x", "</script>")}, title="<b>?").to_html(tmp_path / "t.html").read_text()
+    assert "&lt;b&gt;?" in page and page.count("</script>") == 2 and not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
