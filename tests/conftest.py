@@ -1,9 +1,10 @@
-"Shared test settings: one thread, repeatable properties, no time limits, and a count of skips at the end."
+"Shared test settings: one thread, no network, repeatable properties without time limits."
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
+os.environ.setdefault("MODELTC_LAB_OFFLINE", "yes")  # tests never use the network
 
 from hypothesis import settings  # noqa: E402
 

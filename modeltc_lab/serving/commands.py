@@ -82,7 +82,7 @@ def _report(path: str, results: "list[Result]", text: str) -> None:
     try: Path(path).write_text(page, encoding="utf-8")
     except OSError as e: raise ValueError(f"--report {path}: cannot be written ({e.strerror})") from e
 
-# %% ../../nbs/serving/18_commands.ipynb #2155bb2a
+# %% ../../nbs/serving/18_commands.ipynb #7095773a
 def sim(
     trace: str = "sharegpt",                 # a trace of `data list`, a generated workload (sharegpt, dist-1, dist-2, dist-3), or a CSV, JSONL or parquet file
     policy: list[str] = ["past_future", "aggressive", "conservative", "oracle"],  # who decides on admission; repeat the option
@@ -115,7 +115,7 @@ def sim(
     limits = EngineLimits(prefill_budget, max_batch)
     policies = [_policy(p, reserve, watermark, variant, resample, window, futures, seed) for p in dict.fromkeys(policy)]
     w = _traffic(trace, requests, rate, clients, max_new_tokens, seed)
-    results = [simulate(w, p, capacity, cost, limits=limits) for p in tqdm(policies, desc="policies", disable=json or len(policies) < 2, leave=False)]
+    results = [simulate(w, p, capacity, cost, limits=limits) for p in tqdm(policies, desc="policies", disable=True if json or len(policies) < 2 else None, leave=False)]
     rows = [r.summary(limit) for r in results]
     text = _table(rows, limit, w, capacity)
     if report is not None: _report(report, results, text)
