@@ -10,13 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-from modeltc_kernels.runtime import INTERPRETED  # first: it decides whether triton interprets
+from modeltc_kernels.runtime import INTERPRETED, interpreter_trouble  # first: it decides whether triton interprets
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-BLOCK_N = 64     # KV tokens a program handles at once, fp16 and bf16
 MAX_SPLITS = 32  # pieces one request's KV is cut into at most
+MIN_PIECE = 128  # KV tokens, no piece is made shorter to fill the device
+RESIDENT = 3     # programs a processor holds at once, by the shared memory and registers of the half-precision kernel
+MAX_GROUP = 64   # query heads that share a KV head
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -109,10 +111,14 @@ def paged_decode_merge_kernel(part_ptr, lse_ptr, out_ptr, splits, E: tl.constexp
     tl.store(out_ptr + place * E + col, out.to(out_ptr.dtype.element_ty), mask=in_col)
 
 
-def launch_options(dtype: torch.dtype) -> dict:
-    "Block, warps and pipeline stages; full-precision fp32 products need smaller blocks to stay in registers."
-    if dtype == torch.float32: return dict(BLOCK_N=32, IEEE=True, num_warps=8, num_stages=2)
-    return dict(BLOCK_N=BLOCK_N, IEEE=False, num_warps=4, num_stages=3)
+def launch_options(dtype: torch.dtype, group_pad: int = 16, e_pad: int = 128) -> dict:
+    """Block, warps and pipeline stages, none of which spills on sm_90 (the compile check looks).
+
+    Page numbers are loaded before the keys they point to, so half of the stages go to that chain: five leave two blocks of
+    keys and values in flight. Full-precision products take the registers instead: smaller blocks, more warps.
+    """
+    if dtype == torch.float32: return dict(BLOCK_N=32 if group_pad * e_pad <= 4096 else 16, IEEE=True, num_warps=8, num_stages=2)
+    return dict(BLOCK_N=64 if e_pad <= 128 else 32, IEEE=False, num_warps=4 if group_pad <= 32 else 8, num_stages=5)
 
 
 def _power(n: int) -> int:
@@ -120,10 +126,15 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def padded(group: int, e: int) -> tuple[int, int]:
+    "Rows and columns of a program's blocks: powers of two, and a matrix product needs 16."
+    return max(16, _power(group)), max(16, _power(e))
+
+
 def default_splits(n: int, kv_heads: int, max_length: int, processors: int) -> int:
-    "Pieces a sequence is cut into so that two programs wait on every processor; no piece shorter than two blocks."
-    wanted = -(-2 * processors // max(n * kv_heads, 1))
-    return max(1, min(wanted, MAX_SPLITS, max_length // (2 * BLOCK_N)))
+    "Pieces a sequence is cut into: as many as the device can hold at once, none shorter than `MIN_PIECE`."
+    wanted = RESIDENT * processors // max(n * kv_heads, 1)
+    return max(1, min(wanted, MAX_SPLITS, max_length // MIN_PIECE))
 
 
 def _check(q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int, num_splits: int | None) -> None:
@@ -142,6 +153,7 @@ def _check(q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, length
     (n, h, e), (slots, hk, ek) = q.shape, k_pool.shape
     if e != ek or not 1 <= e <= 256: raise ValueError(f"head size e={e} in q and {ek} in k_pool: need the same, 1 to 256")
     if hk < 1 or h % hk: raise ValueError(f"h={h} query heads and hk={hk} KV heads: need h to be a multiple of hk")
+    if h // hk > MAX_GROUP: raise ValueError(f"h={h} query heads over hk={hk} KV heads: need at most {MAX_GROUP} a KV head; repeat the KV heads, or impl='torch'")
     if page_size < 1 or page_size & (page_size - 1): raise ValueError(f"page_size={page_size}: need a power of two")
     if slots % page_size: raise ValueError(f"k_pool has {slots} slots, page_size={page_size}: need whole pages")
     if page_table.shape[0] != n or lengths.shape[0] != n: raise ValueError(f"page_table has {page_table.shape[0]} rows and lengths {lengths.shape[0]}, q has n={n}: need the same")
@@ -162,19 +174,24 @@ def check_pages(k_pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: 
 @torch.library.custom_op("modeltc::paged_decode", mutates_args=())
 def _paged_decode_op(q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int, scale: float,
                      num_splits: int) -> Tensor:
-    "Launch the two kernels."
+    "Launch the two kernels; the number of pieces is chosen here when it is 0, out of sight of a tracer."
+    if INTERPRETED and (trouble := interpreter_trouble()): raise RuntimeError(trouble)
     (n, h, e), hk = q.shape, k_pool.shape[1]
     out = torch.empty((n, h, e), dtype=q.dtype, device=q.device)
     if n == 0 or h == 0: return out
+    if num_splits == 0:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+        num_splits = default_splits(n, hk, page_table.shape[1] * page_size, processors)
     part = out if num_splits == 1 else torch.empty((n, h, num_splits, e), dtype=torch.float32, device=q.device)
     lse = torch.empty((n, h, num_splits), dtype=torch.float32, device=q.device)
     group = h // hk
+    group_pad, e_pad = padded(group, e)
     paged_decode_fwd_kernel[(n, hk, num_splits)](
         q, k_pool, v_pool, page_table, lengths, part, lse, scale, h, num_splits,
         q.stride(0), q.stride(1), k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1), page_table.stride(0),
-        GROUP=group, GROUP_PAD=max(16, _power(group)), E=e, E_PAD=max(16, _power(e)), PAGE=page_size,
-        UPCAST=INTERPRETED, **launch_options(q.dtype))
-    if num_splits > 1: paged_decode_merge_kernel[(n * h,)](part, lse, out, num_splits, E=e, E_PAD=max(16, _power(e)), SPLITS_PAD=_power(num_splits), num_warps=2)
+        GROUP=group, GROUP_PAD=group_pad, E=e, E_PAD=e_pad, PAGE=page_size,
+        UPCAST=INTERPRETED, **launch_options(q.dtype, group_pad, e_pad))
+    if num_splits > 1: paged_decode_merge_kernel[(n * h,)](part, lse, out, num_splits, E=e, E_PAD=e_pad, SPLITS_PAD=_power(num_splits), num_warps=2)
     return out
 
 
@@ -193,15 +210,12 @@ def paged_decode(
     scale: float | None = None,       # of the scores; None: 1 / sqrt(e)
     num_splits: int | None = None,    # pieces a sequence is cut into; None: enough to fill the device
     impl: str = "auto",               # "torch" (the reference), "triton", or "auto": torch on CPU, the kernel on CUDA
-    check: bool = False,              # also check lengths and page numbers, which waits for the device
+    check: bool = False,              # also check lengths and page numbers, which waits for the device; without it they must be right
 ) -> Tensor:                          # [n, h, e], zeros for a request without KV
-    "Attention of one new token a request over its paged KV."
+    "Attention of one new token a request over its paged KV; nothing is read from a page beyond a request's length."
     _check(q, k_pool, v_pool, page_table, lengths, page_size, num_splits)
     if check: check_pages(k_pool, page_table, lengths, page_size)
     if impl not in ("auto", "torch", "triton"): raise ValueError(f"impl={impl!r}: need 'auto', 'torch' or 'triton'")
     if impl == "torch" or (impl == "auto" and not q.is_cuda): return paged_decode_ref(q, k_pool, v_pool, page_table, lengths, page_size, scale)
-    if not q.is_cuda and not INTERPRETED: raise RuntimeError("impl='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 before the import")
-    if num_splits is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        num_splits = default_splits(q.shape[0], k_pool.shape[1], page_table.shape[1] * page_size, processors)
-    return _paged_decode_op(q, k_pool, v_pool, page_table, lengths, page_size, 1 / math.sqrt(q.shape[2]) if scale is None else scale, num_splits)
+    if not q.is_cuda and not INTERPRETED: raise RuntimeError(f"impl='triton' with q on {q.device}: need a CUDA tensor, or the interpreter (set TRITON_INTERPRET=1 before the import)")
+    return _paged_decode_op(q, k_pool, v_pool, page_table, lengths, page_size, 1 / math.sqrt(q.shape[2]) if scale is None else scale, num_splits or 0)
