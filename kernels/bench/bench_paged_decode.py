@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 1, 0)]
 
 from modeltc_kernels.paged_decode import paged_decode, paged_decode_ref  # noqa: E402
 from modeltc_kernels.runtime import INTERPRETED  # noqa: E402
 from rows import row, save  # noqa: E402
+
+from modeltc_lab.core.bench import gpu_times  # noqa: E402
 
 H, HK, E = 32, 8, 128
 SHAPES = [(1, 512), (1, 4096), (1, 32768), (8, 2048), (8, 32768), (64, 512), (64, 2048), (64, 8192), (256, 512), (256, 2048)]
@@ -26,25 +28,11 @@ FLUSH = 1 << 30
 ERROR_LIMIT = 1e-2  # of the output's own size: rounding of weights and outputs to bf16 should leave about a fifth of it
 
 
-def times(call, repeats=40, warmup=10):
-    "Seconds of each repeat by CUDA events; the cache is overwritten in between."
-    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    for _ in range(warmup): call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [s.elapsed_time(e) * 1e-3 for s, e in events]
-
-
 def copy_bandwidth(bytes_=2 << 30):
     "Bytes a second of a device-to-device copy, read and written counted."
     a = torch.empty(bytes_, dtype=torch.int8, device="cuda").zero_()
     b = torch.empty_like(a)
-    return 2 * bytes_ / sorted(times(lambda: b.copy_(a), 20))[10]
+    return 2 * bytes_ / sorted(gpu_times(lambda: b.copy_(a), 20, flush_bytes=FLUSH))[10]
 
 
 def case(n, kv, page, device="cuda"):
@@ -114,7 +102,7 @@ def measure(n, kv, page, copy, device):
     options = dict(device=device, x_name="n x kv, page", x=f"{n} x {kv}, {page}", config=config)
     moved, out = 2 * n * kv * HK * E * 2, [row("paged_decode_speed", "paged_decode", "relative error", "ratio", [error], **options)]
     for method, (implementation, call) in ways_of(args, page).items():
-        seconds = times(call)
+        seconds = gpu_times(call, 40, flush_bytes=FLUSH)
         options["implementation"] = implementation
         out.append(row("paged_decode_speed", method, "time", "us", [1e6 * s for s in seconds], **options))
         out.append(row("paged_decode_speed", method, "share of copy bandwidth", "ratio", [moved / s / copy for s in seconds], **options))

@@ -11,8 +11,8 @@ import modeltc_lab
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1_000_000
 PATHS = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home/\w+)/\w")
-HOSTS = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|registry\.npmjs\.org|deb\.debian\.org)\b")
-UNFINISHED = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
+HOSTS = re.compile(r"\b(?:pypi|pythonhosted|registry[.]npmjs|deb[.]debian)[.]org\b")
+UNFINISHED = re.compile(r"\b(?:TO[D]O|FIX[M]E|XX[X])\b")
 SLEEP = re.compile(r"\btime\.sleep\(|wait_for_timeout\(")
 
 
@@ -31,8 +31,7 @@ def text(path):
 
 def offenders(rule, keep=lambda p: True):
     "Lines that break a rule."
-    me = Path(__file__).resolve()
-    return [f"{p.relative_to(ROOT)}: {line.strip()[:120]}" for p in tracked() if p != me and keep(p) for line in text(p).splitlines() if rule.search(line)]
+    return [f"{p.relative_to(ROOT)}: {line.strip()[:120]}" for p in tracked() if keep(p) for line in text(p).splitlines() if rule.search(line)]
 
 
 def test_no_large_files(): assert [p for p in tracked() if p.stat().st_size > LIMIT] == []
@@ -51,8 +50,9 @@ def test_tests_do_not_sleep(): assert offenders(SLEEP, lambda p: "tests" in p.pa
 
 
 def test_the_rules_can_fail():
-    assert PATHS.search("see /work/main/x") and PATHS.search('"/root/x"') and not PATHS.search("a/work/x") and not PATHS.search("https://x.org/home/")
-    assert HOSTS.search("https://pypi.org/simple") and UNFINISHED.search("# TODO: later") and SLEEP.search("time.sleep(1)")
+    root = "/" + "work/main/x"  # put together here, so that this file keeps the rule too
+    assert PATHS.search(f"see {root}") and PATHS.search(f'"{root}"') and not PATHS.search("a" + root) and not PATHS.search("https://x.org/home/")
+    assert HOSTS.search("https://" + ".".join(["pypi", "org"]) + "/simple") and UNFINISHED.search("# TO" + "DO: later") and SLEEP.search("time.sle" + "ep(1)")
 
 
 def test_version_is_the_changelogs():
