@@ -18,7 +18,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# %% ../../nbs/core/04_viz.ipynb #d453897d
+# %% ../../nbs/core/04_viz.ipynb #591939e8
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a2a", "#7f6fb3")
 GRID = "rgba(128,128,128,0.25)"
 
@@ -27,8 +27,8 @@ def _template(ink: str) -> go.layout.Template:
     "Axes, fonts and margins in one ink."
     axis = dict(gridcolor=GRID, zerolinecolor=GRID, linecolor=GRID, ticks="outside", tickcolor=GRID, title=dict(standoff=8), automargin=True)
     return go.layout.Template(layout=dict(
-        font=dict(family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size=14, color=ink), title=dict(font=dict(size=15), x=0, xref="paper", xanchor="left"),
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=list(PALETTE), margin=dict(l=60, r=20, t=80, b=50), xaxis=axis, yaxis=axis,
+        font=dict(family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size=14, color=ink), title=dict(font=dict(size=15), x=0, xref="paper", xanchor="left", y=0.97, yref="container", yanchor="top"),
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=list(PALETTE), margin=dict(l=60, r=20, t=105, b=50), xaxis=axis, yaxis=axis,
         legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0, bgcolor="rgba(0,0,0,0)"), hoverlabel=dict(namelength=-1)))
 
 

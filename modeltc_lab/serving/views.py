@@ -98,7 +98,7 @@ def memory_timeline(
     fig.update_xaxes(title_text="decode steps from now").update_yaxes(title_text="KV slots", rangemode="tozero")
     return fig
 
-# %% ../../nbs/serving/19_views.ipynb #a53d21df
+# %% ../../nbs/serving/19_views.ipynb #6fa33d02
 def _refresh(
     live: go.FigureWidget,  # on the screen
     new: go.Figure,         # what it should show; the same traces in the same order
@@ -121,7 +121,7 @@ def _panel(
 
 
 def _slider(name: str, value: int, low: int, high: int, step: int = 1) -> W.IntSlider:
-    return W.IntSlider(value=value, min=low, max=high, step=step, description=name, continuous_update=True, style=dict(description_width="initial"))
+    return W.IntSlider(value=value, min=low, max=high, step=step, description=name, continuous_update=True, style=dict(description_width="initial"), layout=W.Layout(width="320px"))
 
 
 def memory_timeline_widget(
