@@ -11,11 +11,14 @@ PORT ?= 8888
 BROWSER ?=
 LOCK := .ci/constraints.txt
 # CPU builds of torch come from here; `make lab TORCH_INDEX=` takes the default build instead, which on Linux is CUDA's.
+# The choice is kept in .venv: the next `make test` leaves it, saying TORCH_INDEX again changes it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_SAID := $(filter-out file default undefined,$(origin TORCH_INDEX))
+PINS := $(VENV)/constraints.txt
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON ?= python3
 
-.PHONY: help lab test docs gpu kernels browser lint export figures clean
+.PHONY: help lab test docs gpu kernels browser lint export figures clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,25 +29,32 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Where torch is to come from: written anew only when another place was asked for.
+$(VENV)/.index: $(VENV)/.made FORCE
+	@[ -f $@ ] && { [ -z "$(TORCH_SAID)" ] || [ "$$(cat $@)" = "$(TORCH_INDEX)" ]; } || echo "$(TORCH_INDEX)" > $@
+
 # torch first and alone: only this package comes from TORCH_INDEX, and a closed network falls back to the default index.
-$(VENV)/.torch: $(VENV)/.made $(LOCK)
-	@want=$$(grep -E '^torch==' $(LOCK)); \
-	$(PY) -c "import importlib.metadata as m; raise SystemExit('torch==' + m.version('torch').split('+')[0] != '$$want')" 2>/dev/null || { \
-		{ [ -n "$(TORCH_INDEX)" ] && $(PIP) --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) $$want 2>/dev/null; } || { \
-			echo "$$want: taken from the default package index"; $(PIP) --no-deps $$want; }; }
+# A CUDA build names the triton it needs; only then the lock's triton gives way.
+$(VENV)/.torch: $(VENV)/.index $(LOCK)
+	@want=$$(grep -E '^torch==' $(LOCK)); index=$$(cat $(VENV)/.index); again=; [ $(VENV)/.index -nt $@ ] && again=--force-reinstall; \
+	{ [ -z "$$again" ] && $(PY) -c "import importlib.metadata as m; raise SystemExit('torch==' + m.version('torch').split('+')[0] != '$$want')" 2>/dev/null; } || \
+		{ [ -n "$$index" ] && $(PIP) --no-deps $$again --retries 0 --timeout 20 --index-url $$index $$want 2>/dev/null; } || { \
+			echo "$$want: taken from the default package index"; $(PIP) --no-deps $$again $$want; }
+	@if $(PY) -c "import importlib.metadata as m; raise SystemExit(not any(r.startswith('triton') for r in m.requires('torch') or ()))"; \
+		then grep -v '^triton==' $(LOCK) > $(PINS); else cp $(LOCK) $(PINS); fi
 	@touch $@
 
 $(VENV)/.lab: $(VENV)/.torch pyproject.toml $(LOCK)
-	$(PIP) -c $(LOCK) -e '.[lab]'
+	$(PIP) -c $(PINS) -e '.[lab]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(LOCK)
-	$(PIP) -c $(LOCK) -e '.[dev]'
+	$(PIP) -c $(PINS) -e '.[dev]'
 	@touch $@ $(VENV)/.lab
 
 lab: $(VENV)/.lab  ## install and open JupyterLab on nbs/index.ipynb (PORT=8888, BROWSER=none for a server)
 	@echo "JupyterLab: http://127.0.0.1:$(PORT)/lab/tree/index.ipynb"
-	cd nbs && JUPYTER_CONFIG_PATH=$(CURDIR)/.ci/jupyter exec ../$(BIN)/jupyter lab index.ipynb --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
+	cd nbs && JUPYTER_CONFIG_PATH='$(CURDIR)/.ci/jupyter' exec ../$(BIN)/jupyter lab index.ipynb --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
 		$(if $(filter none,$(BROWSER)),--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(VENV)/.dev  ## everything: lint, export check, tests, notebooks, site, browser, wheel; prints the counts

@@ -22,12 +22,14 @@ STEPS = [
     ("site tests", [*PYTEST, "tests/docs"]),
     ("browser tests", [*PYTEST, "tests/browser"]),
     ("wheel tests", [*PYTEST, "tests/wheel"])]
+SUMMARY = ROOT / "docs/_build/executed/summary.json"
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
 def run(name, command):
     "Run one step with its output on the screen; returns its exit code and the counts in its closing line."
     print(f"\n=== {name}", flush=True)
+    if name == "notebooks": SUMMARY.unlink(missing_ok=True)  # what an earlier run counted is not this run's
     start, tail = time.time(), []
     with subprocess.Popen([str(c) for c in command], cwd=ROOT, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         for line in p.stdout or ():
@@ -35,9 +37,10 @@ def run(name, command):
             print(line, end="", flush=True)
             tail = [*tail[-5:], line]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    if "pytest" in map(str, command) and tail:
-        for number, what in COUNT.findall(tail[-1]): counts["failed" if what == "error" else what] += int(number)
-    elif name == "notebooks": counts = json.loads((ROOT / "docs/_build/executed/summary.json").read_text())
+    if "pytest" in map(str, command):
+        closing = next((line for line in reversed(tail) if re.search(r"\d+ \w+.* in [\d.]+s", line)), "")  # a library may speak after it
+        for number, what in COUNT.findall(closing): counts["failed" if what == "error" else what] += int(number)
+    elif name == "notebooks": counts = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else counts
     else: counts["passed" if p.returncode == 0 else "failed"] = 1
     if p.returncode and not counts["failed"]: counts["failed"] = 1
     print(f"--- {name}: {time.time() - start:.0f} s, exit {p.returncode}", flush=True)

@@ -10,7 +10,7 @@ import modeltc_lab
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1_000_000
-PATHS = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home/\w+)/\w")
+PATHS = re.compile(r"(?<![\w.~-])/(?:work|farm|root|tmp|home/\w+)/\w")
 HOSTS = re.compile(r"\b(?:pypi|pythonhosted|registry[.]npmjs|deb[.]debian)[.]org\b")
 UNFINISHED = re.compile(r"\b(?:TO[D]O|FIX[M]E|XX[X])\b")
 SLEEP = re.compile(r"\btime\.sleep\(|wait_for_timeout\(")
@@ -43,7 +43,7 @@ def test_no_paths_of_a_machine(): assert offenders(PATHS) == []
 def test_no_registry_hosts(): assert offenders(HOSTS) == []
 
 
-def test_nothing_unfinished(): assert offenders(UNFINISHED, lambda p: p.suffix in (".py", ".ipynb", ".md")) == []
+def test_nothing_unfinished(): assert offenders(UNFINISHED, lambda p: p.suffix != ".svg") == []
 
 
 def test_tests_do_not_sleep(): assert offenders(SLEEP, lambda p: "tests" in p.parts) == []
