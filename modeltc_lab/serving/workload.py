@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['IntArray', 'FloatArray', 'FIELDS', 'SHAREGPT_PERCENTILE', 'SHAREGPT_CONTEXT', 'SHAREGPT_OUTPUT', 'DISTRIBUTIONS',
-           'GENERATED', 'WorkloadError', 'RequestTooLarge', 'service_cap', 'Workload', 'sharegpt', 'dist', 'generated']
+           'POOLS', 'RATE_WINDOW_S', 'LENGTH_WINDOW_S', 'MADE', 'GENERATED', 'WorkloadError', 'RequestTooLarge',
+           'service_cap', 'gamma_gaps', 'mmpp_times', 'Workload', 'sharegpt', 'dist', 'arxiv', 'servegen', 'generated',
+           'prefix_blocks']
 
-# %% ../../nbs/serving/10_workload.ipynb #f9601e48
+# %% ../../nbs/serving/10_workload.ipynb #0ed8f3c8
 import csv
 import gzip
 import io
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..core.data import DataError, UnknownDataError, find
+from ..core.data import load as load_data
 
 # %% ../../nbs/serving/10_workload.ipynb #33449863
 IntArray = NDArray[np.int64]
@@ -31,7 +37,7 @@ class WorkloadError(ValueError):
 class RequestTooLarge(ValueError):
     "A request that can never fit into the KV memory, even alone."
 
-# %% ../../nbs/serving/10_workload.ipynb #0ec216cc
+# %% ../../nbs/serving/10_workload.ipynb #14efd463
 def _column(
     name: str,          # field the values belong to, for the message
     values: ArrayLike,  # numbers, one a request
@@ -64,7 +70,63 @@ def service_cap(
     "The smallest power of two that no reply exceeds: what a service would have set, used when the trace does not say."
     return 1 << int(max(int(output.max(initial=1)) - 1, 1)).bit_length()
 
-# %% ../../nbs/serving/10_workload.ipynb #323a4e98
+
+def _blocks(
+    ids: Sequence[Sequence[int]],  # block ids of each request
+    prompt: IntArray,              # prompt tokens
+    block_tokens: int,             # tokens of a block
+    where: str,                    # what to call the source in the message
+    first_row: int,                # number of the first row as a person counts it
+) -> list[list[int]]:              # the ids, checked
+    "Prefix block ids: whole numbers, and no more blocks than the prompt fills (the last may be part full)."
+    if len(ids) != len(prompt): raise WorkloadError(f"{where}: {len(ids)} rows of block_ids for {len(prompt)} prompts; need one a request")
+    for n, (row, p) in enumerate(zip(ids, prompt.tolist()), first_row):
+        if not isinstance(row, (list, tuple)) or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in row):
+            raise WorkloadError(f"{where}, row {n}, field 'block_ids': got {str(row)[:60]}, need a list of whole numbers")
+        if len(row) > -(-p // block_tokens):
+            raise WorkloadError(f"{where}, row {n}, field 'block_ids': {len(row)} blocks of {block_tokens} tokens for a prompt of {p}, "
+                                f"need at most {-(-p // block_tokens)}; give the trace's own block_tokens")
+    return [list(row) for row in ids]
+
+# %% ../../nbs/serving/10_workload.ipynb #3140a90b
+def _positive(name: str, value: float, unit: str) -> float:
+    "A finite number above 0, or an error that names the argument."
+    if not (np.isfinite(value) and value > 0): raise WorkloadError(f"{name}={value}: need a finite number{unit} above 0")
+    return float(value)
+
+
+def gamma_gaps(
+    n: int,                    # gaps wanted
+    rate: float,               # mean arrivals per second, > 0
+    cv: float,                 # coefficient of variation of the gaps, > 0; 1 is Poisson
+    rng: np.random.Generator,  # the dice
+) -> FloatArray:               # seconds
+    "Independent gamma gaps of a given mean and spread."
+    shape = _positive("cv", cv, "") ** -2
+    return rng.gamma(shape, 1 / (_positive("rate", rate, " of requests per second") * shape), n)
+
+
+def mmpp_times(
+    n: int,                    # arrivals wanted
+    rates: Sequence[float],    # requests per second in each state, >= 0, one at least above 0
+    dwell_s: Sequence[float],  # mean seconds a visit to each state lasts, > 0
+    rng: np.random.Generator,  # the dice
+) -> FloatArray:               # seconds since a random moment, increasing
+    "Arrivals of a Markov-modulated Poisson process: a unit-rate process, its clock running at the state's rate."
+    r, d = np.asarray(rates, dtype=np.float64), np.asarray(dwell_s, dtype=np.float64)
+    if r.ndim != 1 or len(r) == 0 or r.shape != d.shape: raise WorkloadError(f"rates={rates}, dwell_s={dwell_s}: need one dwell time for each rate, at least one")
+    if not np.all(np.isfinite(r) & (r >= 0)) or r.max() == 0: raise WorkloadError(f"rates={rates}: need finite rates >= 0, at least one above 0")
+    if not np.all(np.isfinite(d) & (d > 0)): raise WorkloadError(f"dwell_s={dwell_s}: need finite seconds above 0")
+    work = np.cumsum(rng.exponential(1.0, n))
+    state = int(rng.choice(len(r), p=d / d.sum()))
+    r, d = np.roll(r, -state), np.roll(d, -state)
+    wall, done = np.zeros(1), np.zeros(1)
+    while n and done[-1] <= work[-1]:
+        stay = rng.exponential(d, (int((work[-1] - done[-1]) / (r @ d)) + 4, len(d)))
+        wall, done = np.append(wall, wall[-1] + np.cumsum(stay)), np.append(done, done[-1] + np.cumsum(stay * r))
+    return np.interp(work, done, wall)
+
+# %% ../../nbs/serving/10_workload.ipynb #1bbc0e12
 @dataclass(frozen=True, eq=False)
 class Workload:
     "Requests in arrival order. `sealed_output` is for the simulator and the metrics only; policies see `cap`."
@@ -77,15 +139,17 @@ class Workload:
     clients: int | None = None          # closed loop: this many requests in flight, the next sent when one ends
     generated: bool = False             # made from published quantiles or a formula, not recorded
     block_ids: list[list[int]] | None = None  # ids of shared prefix blocks, where the trace has them
+    block_tokens: int = 512             # tokens of a block
+    note: str = ""                      # what was recorded and what was made, in words
 
     def __len__(self) -> int: return len(self.prompt)
 
     @staticmethod
     def available(
-        name: str,  # a trace of the data registry
+        name: str,  # a trace of the data registry, or a generated workload
     ) -> bool:      # can `load` have it here and now?
-        "Is this trace within reach (a data folder, the cache, or a source that answers)?"
-        try: return find(name).is_file()
+        "Is this trace, or what a generated workload draws from, within reach (a data folder, the cache, or a source that answers)?"
+        try: return all(find(part).is_file() for part in (MADE[name][1] if name in MADE else (name,)))
         except DataError: return False
 
     @classmethod
@@ -99,7 +163,8 @@ class Workload:
         where: str | None = None,              # source named in errors; None: the name
         first_row: int = 0,                    # number of the first row in errors
         generated: bool = False,               # not recorded?
-        block_ids: list[list[int]] | None = None,  # prefix blocks
+        block_ids: Sequence[Sequence[int]] | None = None,  # ids of the prompt's blocks: equal ids, equal tokens up to there
+        block_tokens: int = 512,               # tokens of a block
     ) -> "Workload":                           # checked
         "Check the columns and make a workload of them; `WorkloadError` names the first bad row."
         where = where or name
@@ -111,8 +176,12 @@ class Workload:
         if len(back):
             row = int(back[0]) + 1
             raise WorkloadError(f"{where}, row {row + first_row}, field 'arrival_s': {arrival[row]:g} comes after {arrival[row - 1]:g}; sort the rows by arrival")
+        if isinstance(block_tokens, bool) or not isinstance(block_tokens, (int, np.integer)) or block_tokens < 1:
+            raise WorkloadError(f"block_tokens={block_tokens}: need a whole number of at least 1")
+        rows = None if block_ids is None else _blocks(block_ids, p, int(block_tokens), where, first_row)
         limit = service_cap(o) if max_new_tokens is None else max_new_tokens
-        return cls(name, arrival, p, o, np.full(len(p), limit, dtype=np.int64), generated=generated, block_ids=block_ids).with_cap(limit)
+        made = cls(name, arrival, p, o, np.full(len(p), limit, dtype=np.int64), generated=generated, block_ids=rows, block_tokens=int(block_tokens))
+        return made.with_cap(limit)
 
     def with_cap(
         self,
@@ -132,6 +201,36 @@ class Workload:
         span = self.arrival_s[-1] - self.arrival_s[0] if len(self) > 1 else 0.0
         return float((len(self) - 1) / span) if span > 0 else float("nan")
 
+    @property
+    def interarrival_cv(self) -> float:
+        "Spread of the gaps over their mean: 1 for Poisson, more for bursts (NaN with fewer than two different arrivals)."
+        return float(np.diff(self.arrival_s).std() * self.rate) if self.rate == self.rate else float("nan")
+
+    def shared_prefix(self) -> float:
+        "Share of the prompt tokens that a prefix cache which never evicts would hit: the upper bound of any hit rate (0 without block ids)."
+        seen: set[int] = set()
+        hits = 0
+        for p, ids in zip(self.prompt.tolist(), self.block_ids or []):
+            for block in ids[:(p - 1) // self.block_tokens]:
+                if block not in seen: break
+                hits += 1
+            seen.update(ids[:p // self.block_tokens])
+        return hits * self.block_tokens / max(int(self.prompt.sum()), 1)
+
+    def describe(self) -> dict[str, Any]:
+        "What a table says about the traffic. It opens the reply lengths: not for policies."
+        tokens = {f"{of}_{what}": float(f(v)) if len(v) else float("nan") for of, v in (("prompt", self.prompt), ("output", self.sealed_output))
+                  for what, f in (("mean", np.mean), ("p50", np.median), ("p99", lambda v: np.percentile(v, 99)))}
+        shared = {} if self.block_ids is None else {"shared_prefix": self.shared_prefix()}
+        return {"name": self.name, "requests": len(self), "rate": self.rate, "interarrival_cv": self.interarrival_cv, **tokens, **shared,
+                "generated": self.generated, "note": self.note}
+
+    def _pick(self, keep: IntArray) -> "Workload":
+        "The requests of these row numbers, the first arriving at 0."
+        arrival = self.arrival_s[keep]
+        return replace(self, arrival_s=arrival - arrival[:1].sum(), prompt=self.prompt[keep], sealed_output=self.sealed_output[keep],
+                       cap=self.cap[keep], block_ids=None if self.block_ids is None else [self.block_ids[i] for i in keep])
+
     def part(
         self,
         start: int = 0,          # first request kept
@@ -139,20 +238,35 @@ class Workload:
     ) -> "Workload":             # its first request arrives at 0
         "A run of consecutive requests."
         if start < 0 or (stop is not None and stop < start): raise WorkloadError(f"part({start}, {stop}): need 0 <= start <= stop")
-        arrival, blocks = self.arrival_s[start:stop], self.block_ids
-        return replace(self, arrival_s=arrival - arrival[:1].sum(), prompt=self.prompt[start:stop], cap=self.cap[start:stop],
-                       sealed_output=self.sealed_output[start:stop], block_ids=None if blocks is None else blocks[start:stop])
+        return self._pick(np.arange(len(self))[start:stop])
 
     def head(self, n: int) -> "Workload":
         "The first `n` requests."
         return self.part(0, n)
+
+    def split(
+        self,
+        at: float = 0.5,  # a float: share of the requests in the first part, 0..1; an int: how many
+    ) -> tuple["Workload", "Workload"]:  # each begins at 0
+        "Two consecutive parts, say one to tune on and one to measure."
+        cut = int(at) if isinstance(at, (int, np.integer)) else round(at * len(self)) if 0 <= at <= 1 else -1
+        if isinstance(at, bool) or not 0 <= cut <= len(self): raise WorkloadError(f"at={at}: need a share from 0.0 to 1.0 or a whole number from 0 to {len(self)}")
+        return self.part(0, cut), self.part(cut)
+
+    def fits(
+        self,
+        capacity: int,  # token slots of the KV memory
+    ) -> tuple["Workload", int]:  # the requests that fit, and how many were left out
+        "Only the requests that fit alone: the last token of a reply is never stored, so prompt + reply - 1 slots each."
+        keep = np.flatnonzero(self.prompt + self.sealed_output - 1 <= capacity)
+        return self._pick(keep), len(self) - len(keep)
 
     def scale(
         self,
         rate: float,   # requests per second, > 0
     ) -> "Workload":   # same order, same burstiness
         "The same arrivals, stretched or squeezed in time to another mean rate."
-        if not rate > 0 or not np.isfinite(rate): raise WorkloadError(f"rate={rate}: need a finite number of requests per second above 0")
+        _positive("rate", rate, " of requests per second")
         if not np.isfinite(self.rate):
             raise WorkloadError(f"rate={rate}: all requests of {self.name} arrive at once, there is no rate to change; use .poisson(rate)")
         return replace(self, arrival_s=self.arrival_s * (self.rate / rate))
@@ -163,9 +277,33 @@ class Workload:
         seed: int = 0,  # of the arrival times
     ) -> "Workload":    # same requests, new arrivals
         "The same requests arriving at random, independently (a Poisson process)."
-        if not rate > 0 or not np.isfinite(rate): raise WorkloadError(f"rate={rate}: need a finite number of requests per second above 0")
-        gaps = np.random.default_rng(seed).exponential(1 / rate, len(self))
-        return replace(self, arrival_s=np.cumsum(gaps) - gaps[:1].sum(), clients=None)
+        return self._arriving(np.cumsum(np.random.default_rng(seed).exponential(1 / _positive("rate", rate, " of requests per second"), len(self))))
+
+    def gamma(
+        self,
+        rate: float,    # requests per second, > 0
+        cv: float,      # spread of the gaps over their mean, > 0: below 1 more regular than Poisson, above 1 bursty
+        seed: int = 0,  # of the arrival times
+    ) -> "Workload":    # same requests, new arrivals
+        "The same requests with independent gamma gaps (a renewal process); `cv=1` is Poisson in law."
+        return self._arriving(np.cumsum(gamma_gaps(len(self), rate, cv, np.random.default_rng(seed))))
+
+    def mmpp(
+        self,
+        rates: Sequence[float],    # requests per second in each state, >= 0
+        dwell_s: Sequence[float],  # mean seconds a visit to each state lasts, > 0
+        seed: int = 0,             # of states and arrivals
+    ) -> "Workload":               # same requests, new arrivals
+        "The same requests in waves: Poisson at a rate that goes round through `rates`, each held for an exponential time."
+        return self._arriving(mmpp_times(len(self), rates, dwell_s, np.random.default_rng(seed)))
+
+    def at_once(self) -> "Workload":
+        "The same requests all arriving at 0: one burst, a queue that is full from the start."
+        return self._arriving(np.zeros(len(self)))
+
+    def _arriving(self, times: FloatArray) -> "Workload":
+        "New arrival times, moved so that the first is 0; the loop is open."
+        return replace(self, arrival_s=times - times[:1].sum(), clients=None)
 
     def closed_loop(
         self,
@@ -178,12 +316,13 @@ class Workload:
     @classmethod
     def load(
         cls,
-        source: str | Path,                 # a name from `modeltc-lab data list`, "sharegpt", "dist-1".."dist-3", or a file
+        source: str | Path,                 # a name from `modeltc-lab data list`, one of `GENERATED`, or a file
         max_new_tokens: int | None = None,  # the service's cap; None: `service_cap`
+        block_tokens: int = 512,            # tokens of a prefix block, for a file with `block_ids`
     ) -> "Workload":                        # checked
         "A named trace, a generated workload, or your own CSV, JSONL or parquet file (gzip welcome)."
         path = Path(source)
-        if path.is_file(): return _from_file(path, path.name, max_new_tokens)
+        if path.is_file(): return _from_file(path, path.name, max_new_tokens, block_tokens)
         made = generated(str(source))
         if made is not None: return made if max_new_tokens is None else made.with_cap(max_new_tokens)
         if path.suffix: raise WorkloadError(f"trace={str(source)!r}: no such file")
@@ -191,9 +330,9 @@ class Workload:
         except UnknownDataError as e:
             raise WorkloadError(f"trace={str(source)!r}: neither a file nor a known workload; generated ones: "
                                 f"{', '.join(GENERATED)}; {e}") from e
-        return _from_file(stored, str(source), max_new_tokens)
+        return _from_file(stored, str(source), max_new_tokens, block_tokens)
 
-# %% ../../nbs/serving/10_workload.ipynb #93e0aeaa
+# %% ../../nbs/serving/10_workload.ipynb #0f2361c9
 FIELDS = ("prompt_tokens", "output_tokens")
 
 
@@ -248,20 +387,20 @@ def _numbers(rows: list[dict], field: str, where: str, first_row: int) -> list[f
     return out
 
 
-def _from_file(path: Path, name: str, max_new_tokens: int | None) -> Workload:
+def _from_file(path: Path, name: str, max_new_tokens: int | None, block_tokens: int) -> Workload:
     "A workload from a trace file; `arrival_s` or `arrival_ms`, `prompt_tokens`, `output_tokens`, optional `block_ids`."
     rows, first = _rows(path)
     where = path.name
-    if not rows: return Workload.build(name, [], [], [], max_new_tokens, where)
+    if not rows: return Workload.build(name, [], [], [], max_new_tokens, where, block_tokens=block_tokens)
     clock = next((f for f in ("arrival_s", "arrival_ms") if f in rows[0]), None)
     for field in FIELDS:
         if field not in rows[0]: raise WorkloadError(f"{where}, field {field!r}: missing; a trace has arrival_s or arrival_ms, prompt_tokens, output_tokens")
     arrival = np.zeros(len(rows)) if clock is None else np.array(_numbers(rows, clock, where, first)) * (1e-3 if clock == "arrival_ms" else 1)
-    blocks = [list(r["block_ids"]) for r in rows] if isinstance(rows[0].get("block_ids"), list) else None
+    blocks: Any = [r.get("block_ids") for r in rows] if any(isinstance(r.get("block_ids"), list) for r in rows) else None
     prompt, output = (_numbers(rows, f, where, first) for f in FIELDS)
-    return Workload.build(name, arrival, prompt, output, max_new_tokens, where, first, block_ids=blocks)
+    return Workload.build(name, arrival, prompt, output, max_new_tokens, where, first, block_ids=blocks, block_tokens=block_tokens)
 
-# %% ../../nbs/serving/10_workload.ipynb #268a1af6
+# %% ../../nbs/serving/10_workload.ipynb #b82f8d10
 SHAREGPT_PERCENTILE = (0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 96, 97, 98, 99, 99.5, 99.9)
 SHAREGPT_CONTEXT = (1, 14, 37, 113, 216, 302, 378, 460, 546, 634, 727, 807, 910, 1021, 1132, 1249, 1367, 1494, 1618, 1762, 1794, 1830, 1875, 1941, 2034, 3469)
 SHAREGPT_OUTPUT = (1, 24, 50, 81, 108, 134, 160, 186, 210, 232, 255, 277, 300, 322, 349, 380, 420, 474, 550, 676, 716, 761, 767, 769, 770, 803)
@@ -292,14 +431,132 @@ def dist(
     return Workload.build(f"Dist-{which} (generated)", np.zeros(n), rng.integers(p0, p1 + 1, n), rng.integers(o0, o1 + 1, n),
                           max_new_tokens=o1, generated=True)
 
+# %% ../../nbs/serving/10_workload.ipynb #73309223
+POOLS = {"deepseek-r1": True, "m-small": True, "m-mid": False, "m-large": False}  # pools of ServeGen: are there lengths by client?
+RATE_WINDOW_S, LENGTH_WINDOW_S = 600, 21_600  # seconds of a window of the rates, of the lengths
 
-GENERATED = ("sharegpt", "dist-1", "dist-2", "dist-3")
+
+def arxiv(
+    n: int | None = None,  # requests; None: all
+    rate: float = 1.0,     # requests per second, Poisson
+    seed: int = 0,         # of the order and the arrivals
+) -> Workload:             # the name says that the arrivals are generated
+    "Summaries of papers: recorded pairs of prompt and output, drawn without repeats, at generated times."
+    data = load_data("arxiv_summarization_lengths")
+    have = len(data["prompt_tokens"])
+    if n is not None and not 0 <= n <= have: raise WorkloadError(f"n={n}: need 0 to {have}, the pairs there are")
+    rows = np.random.default_rng(seed).permutation(have)[:n]
+    made = Workload.build("arxiv (generated arrivals)", np.zeros(len(rows)), data["prompt_tokens"][rows], data["output_tokens"][rows],
+                          max_new_tokens=service_cap(data["output_tokens"]))
+    return replace(made.poisson(rate, seed + 1), note="lengths recorded (vidur, Llama-2 tokenizer), order and arrivals generated")
+
+
+def _renewal(rng: np.random.Generator, rate: float, cv: float, span_s: float) -> FloatArray:
+    "Arrivals in `span_s` seconds of a gamma renewal process that has been running forever."
+    times = rng.random(1) * rng.gamma(cv ** -2 + 1, cv ** 2 / rate, 1)
+    while times[-1] < span_s: times = np.append(times, times[-1] + np.cumsum(gamma_gaps(int(rate * span_s) + 16, rate, cv, rng)))
+    return times[times < span_s]
+
+
+def _pool_arrivals(
+    rates: dict[str, NDArray[Any]],  # columns of the pool's table
+    n: int,                          # requests wanted
+    start_s: int,                    # first window
+    clients: IntArray,               # those taking part
+    rng: np.random.Generator,        # the dice
+) -> tuple[FloatArray, IntArray, IntArray]:  # seconds since `start_s`, client and rate window of each request
+    "Merge the clients' processes, window by window; past the end of the trace it begins anew."
+    here = np.isin(rates["client"], clients)
+    when, who, rate, cv = (rates[c][here] for c in ("window_start_s", "client", "rate_rps", "interarrival_cv"))
+    end, order = int(rates["window_start_s"].max()) + RATE_WINDOW_S, np.argsort(when, kind="stable")
+    merged: list[NDArray[Any]] = []
+    window = start_s
+    while sum(m.shape[1] for m in merged) < n:
+        t0 = window % end
+        rows = order[slice(*np.searchsorted(when[order], [t0, t0 + 1]))]
+        parts = [(_renewal(rng, rate[i], cv[i], RATE_WINDOW_S), who[i]) for i in rows]
+        table = np.concatenate([[t + window - start_s, np.full(len(t), c), np.full(len(t), t0)] for t, c in parts], axis=1) if parts else np.zeros((3, 0))
+        merged.append(table[:, np.argsort(table[0], kind="stable")])
+        window += RATE_WINDOW_S
+    times, owner, t0s = np.concatenate(merged, axis=1)[:, :n] if n else np.zeros((3, 0))
+    return times, owner.astype(np.int64), t0s.astype(np.int64)
+
+
+def _pool_lengths(
+    pool: str,                 # one of `POOLS`
+    owner: IntArray,           # client of each request
+    window: IntArray,          # start of its rate window, s
+    rng: np.random.Generator,  # the dice
+) -> tuple[IntArray, IntArray, int, int]:  # prompt, output, requests drawn from the aggregate, cap
+    "Draw both lengths of every request from its client's histograms of that time, or the pool's aggregate where there are none."
+    pmfs: dict[Any, Any] = {(r["client"], r["t0"]): r["pmf"] for r in load_data(f"servegen_{pool}_clients") if r["pmf"]} if POOLS[pool] else {}
+    aggregate = load_data(f"servegen_{pool}_aggregate")["pmf"]
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(zip(owner.tolist(), (window // LENGTH_WINDOW_S * LENGTH_WINDOW_S).tolist())): groups.setdefault(key if key in pmfs else None, []).append(i)
+    lengths = np.ones((2, len(owner)), dtype=np.int64)
+    for key, rows in groups.items():
+        for k, field in enumerate(("input_tokens", "output_tokens")):
+            pmf = (aggregate if key is None else pmfs[key])[field]
+            p = np.asarray(pmf["p"], dtype=np.float64)
+            lengths[k, rows] = np.maximum(rng.choice(np.asarray(pmf["v"], dtype=np.int64), len(rows), p=p / p.sum()), 1)
+    return lengths[0], lengths[1], len(groups.get(None, [])), service_cap(np.asarray(aggregate["output_tokens"]["v"], dtype=np.int64))
+
+
+def servegen(
+    pool: str = "deepseek-r1",     # one of `POOLS`
+    n: int = 2000,                 # requests
+    rate: float | None = None,     # requests per second the clock is stretched to; None: the pool's own
+    seed: int = 0,                 # of clients, arrivals and lengths
+    clients: int | None = None,    # so many of the clients active at the start, picked by lot; None: all
+    start_s: float | None = None,  # second of the pool's trace to begin at; None: its busiest ten minutes
+) -> Workload:                     # labelled generated
+    "Traffic of a production pool, client by client. Lengths are independent marginals; a recorded 0 becomes 1; `note` counts the borrowed lengths."
+    if pool not in POOLS: raise WorkloadError(f"pool={pool!r}: need one of {', '.join(POOLS)}")
+    if n < 0: raise WorkloadError(f"n={n}: need at least 0")
+    if rate is not None: _positive("rate", rate, " of requests per second")
+    rng, rates = np.random.default_rng(seed), load_data(f"servegen_{pool}_rates")
+    starts, end = rates["window_start_s"], int(rates["window_start_s"].max()) + RATE_WINDOW_S
+    if start_s is None: start_s = float(RATE_WINDOW_S * np.bincount(starts // RATE_WINDOW_S, rates["rate_rps"]).argmax())
+    if not 0 <= start_s < end: raise WorkloadError(f"start_s={start_s}: need 0 <= start_s < {end}, the seconds of {pool}")
+    begin = int(start_s) // RATE_WINDOW_S * RATE_WINDOW_S
+    active = np.unique(rates["client"][starts == begin])
+    need = len(active) if clients is None else clients
+    if not 1 <= need <= len(active): raise WorkloadError(f"clients={clients}: need 1 to {len(active)}, those of {pool} active at start_s={start_s:g}; or begin elsewhere")
+    chosen = np.unique(rates["client"]) if clients is None else np.sort(rng.choice(active, clients, replace=False))
+    times, owner, window = _pool_arrivals(rates, n, begin, chosen, rng)
+    prompt, output, borrowed, cap = _pool_lengths(pool, owner, window, rng)
+    made = Workload.build(f"servegen {pool} (generated)", times - times[:1].sum(), prompt, output, max_new_tokens=cap, generated=True)
+    made = replace(made, note=f"from second {begin} of the pool; clients heard: {len(np.unique(owner))}; lengths from the pool's aggregate: {borrowed} of {n}")
+    return made if rate is None or n < 2 else made.scale(rate)
+
+
+MADE: dict[str, tuple[Callable[[], Workload], tuple[str, ...]]] = {  # by name: how it is made, and the data sets it draws from
+    "sharegpt": (sharegpt, ()),
+    **{f"dist-{k}": (partial(dist, k), ()) for k in DISTRIBUTIONS},
+    **{name: (arxiv, ("arxiv_summarization_lengths",)) for name in ("arxiv", "arxiv_summarization_lengths")},
+    **{f"servegen_{pool}": (partial(servegen, pool), tuple(f"servegen_{pool}_{part}" for part in ("rates", "aggregate", *["clients"] * own)))
+       for pool, own in POOLS.items()}}
+GENERATED = tuple(MADE)
 
 
 def generated(
     name: str,               # one of `GENERATED`
 ) -> Workload | None:        # None for any other name
-    "A generated workload by name."
-    if name == "sharegpt": return sharegpt()
-    if name in GENERATED: return dist(int(name[-1]))
-    return None
+    "A workload made here, by name."
+    return MADE[name][0]() if name in MADE else None
+
+# %% ../../nbs/serving/10_workload.ipynb #f7a2c308
+def prefix_blocks(
+    token_ids: Sequence[Sequence[int]],  # the prompts' tokens
+    block_tokens: int = 16,              # tokens of a block
+) -> list[list[int]]:                    # for `Workload.build(block_ids=..., block_tokens=...)`; a last block that is not full gets no id
+    "Ids of prefix blocks: equal ids exactly where everything up to the end of the block is equal."
+    if block_tokens < 1: raise WorkloadError(f"block_tokens={block_tokens}: need at least 1")
+    known: dict[tuple[int, tuple[int, ...]], int] = {}
+    rows = []
+    for tokens in token_ids:
+        row: list[int] = []
+        for i in range(block_tokens, len(tokens) + 1, block_tokens):
+            row.append(known.setdefault((row[-1] if row else -1, tuple(map(int, tokens[i - block_tokens:i]))), len(known)))
+        rows.append(row)
+    return rows

@@ -6,7 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from modeltc_lab.serving.workload import Workload, WorkloadError, dist, generated, service_cap, sharegpt
+from modeltc_lab.serving.workload import (
+    Workload,
+    WorkloadError,
+    dist,
+    generated,
+    prefix_blocks,
+    servegen,
+    service_cap,
+    sharegpt,
+)
 
 ROWS = [(0.0, 12, 5), (0.5, 30, 7), (2.25, 8, 1)]
 
@@ -23,7 +32,11 @@ def write(folder, name, text):
 
 
 def jsonl(rows=ROWS, clock="arrival_s", scale=1):
-    return "\n".join(json.dumps({clock: a * scale, "prompt_tokens": p, "output_tokens": o, "block_ids": [1, p]}) for a, p, o in rows)
+    return "\n".join(json.dumps({clock: a * scale, "prompt_tokens": p, "output_tokens": o, "block_ids": [1, p][:2 if p > 8 else 1]}) for a, p, o in rows)
+
+
+def plain(**how):
+    return "\n".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "block_ids"}) for line in jsonl(**how).splitlines())
 
 
 def as_parquet(folder):
@@ -35,8 +48,8 @@ def as_parquet(folder):
 
 
 @pytest.mark.parametrize("make", [
-    lambda d: write(d, "t.csv", csv_text()), lambda d: write(d, "t.csv.gz", csv_text()), lambda d: write(d, "t.jsonl", jsonl()),
-    lambda d: write(d, "t.jsonl.gz", jsonl(clock="arrival_ms", scale=1000)), as_parquet], ids=["csv", "csv.gz", "jsonl", "jsonl.gz in ms", "parquet"])
+    lambda d: write(d, "t.csv", csv_text()), lambda d: write(d, "t.csv.gz", csv_text()), lambda d: write(d, "t.jsonl", plain()),
+    lambda d: write(d, "t.jsonl.gz", plain(clock="arrival_ms", scale=1000)), as_parquet], ids=["csv", "csv.gz", "jsonl", "jsonl.gz in ms", "parquet"])
 def test_every_kind_of_file_reads_alike(tmp_path, make):
     w = Workload.load(make(tmp_path))
     assert w.arrival_s.tolist() == [0, 0.5, 2.25] and w.prompt.tolist() == [12, 30, 8] and w.sealed_output.tolist() == [5, 7, 1]
@@ -44,7 +57,9 @@ def test_every_kind_of_file_reads_alike(tmp_path, make):
 
 
 def test_block_ids_are_kept(tmp_path):
-    assert Workload.load(write(tmp_path, "t.jsonl", jsonl())).part(1).block_ids == [[1, 30], [1, 8]]
+    w = Workload.load(write(tmp_path, "t.jsonl", jsonl()), block_tokens=8)
+    assert w.part(1).block_ids == [[1, 30], [1]] and w.fits(16)[0].block_ids == [[1, 12], [1]]
+    assert {x.block_tokens for x in (w, w.part(1), w.scale(3), w.gamma(1, 2), *w.split(1), w.fits(16)[0], w.with_cap(99))} == {8}
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -60,6 +75,9 @@ def test_block_ids_are_kept(tmp_path):
     ("b.jsonl", jsonl() + "\n{oops", "b.jsonl, row 4: not JSON"),
     ("b.jsonl", "[1]", "b.jsonl, row 1: need a JSON object, got list"),
     ("b.jsonl", '{"prompt_tokens": 3, "output_tokens": 1}\n{"prompt_tokens": 3}', "row 2, field 'output_tokens': missing"),
+    ("b.jsonl", jsonl(), "b.jsonl, row 1, field 'block_ids': 2 blocks of 512 tokens for a prompt of 12, need at most 1"),
+    ("b.jsonl", '{"prompt_tokens": 3, "output_tokens": 1, "block_ids": [4]}\n{"prompt_tokens": 3, "output_tokens": 1}', "row 2, field 'block_ids': got None"),
+    ("b.jsonl", '{"prompt_tokens": 3, "output_tokens": 1, "block_ids": ["a"]}', "row 1, field 'block_ids': got ['a'], need a list of whole numbers"),
     ("c.xlsx", "", "c.xlsx: need a .csv, .jsonl or .parquet"),
     ("d.csv.gz", None, "d.csv.gz: cannot be read")])
 def test_bad_files_are_named(tmp_path, name, text, message):
@@ -101,7 +119,15 @@ def test_service_cap(value, cap): assert service_cap(np.array([1, value])) == ca
 
 @pytest.mark.parametrize("call, message", [
     (lambda w: w.scale(-1), "rate=-1"), (lambda w: w.poisson(float("inf")), "rate=inf"), (lambda w: w.closed_loop(0), "clients=0"),
-    (lambda w: w.with_cap(3), "give at least"), (lambda w: w.part(3, 1), "part(3, 1)"), (lambda w: dist(4), "which=4")])
+    (lambda w: w.with_cap(3), "give at least"), (lambda w: w.part(3, 1), "part(3, 1)"), (lambda w: dist(4), "which=4"),
+    (lambda w: w.gamma(1, cv=0), "cv=0"), (lambda w: w.gamma(-2, cv=1), "rate=-2"), (lambda w: w.gamma(1, cv=float("nan")), "cv=nan"),
+    (lambda w: w.mmpp((1, -1), (1, 1)), "rates=(1, -1)"), (lambda w: w.mmpp((0, 0), (1, 1)), "one above 0"), (lambda w: w.mmpp((), ()), "at least one"),
+    (lambda w: w.mmpp((1, 2), (1, 0)), "dwell_s=(1, 0)"), (lambda w: w.mmpp((1, 2), (1,)), "one dwell time for each rate"),
+    (lambda w: w.split(1.2), "at=1.2"), (lambda w: w.split(-1), "at=-1"), (lambda w: w.split(21), "at=21"), (lambda w: w.split(True), "at=True"),
+    (lambda w: w.split(float("nan")), "at=nan"),
+    (lambda w: prefix_blocks([[1]], 0), "block_tokens=0"), (lambda w: Workload.build("x", [0], [1], [1], block_tokens=0), "block_tokens=0"),
+    (lambda w: Workload.build("x", [0], [1], [1], block_ids=[]), "0 rows of block_ids for 1 prompts"),
+    (lambda w: servegen("huge"), "pool='huge': need one of deepseek-r1"), (lambda w: servegen(n=-1), "n=-1")])
 def test_bad_shaping_is_named(call, message):
     with pytest.raises(WorkloadError) as error: call(sharegpt(20))
     assert message in str(error.value)
