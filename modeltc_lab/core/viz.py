@@ -45,7 +45,7 @@ pio.templates["modeltc"] = _template("#24292f")
 pio.templates["modeltc_dark"] = _template("#e6e6e6")
 pio.templates.default = "modeltc"
 
-# %% ../../nbs/core/04_viz.ipynb #fad90a7c
+# %% ../../nbs/core/04_viz.ipynb #51cff8f3
 @dataclass(frozen=True)
 class MethodStyle:
     "How a method looks in every figure."
@@ -74,7 +74,15 @@ for _name, _label, _color, _symbol in (
     ("past_future", "Past-Future", "#0072b2", "circle"), ("past_future_interp", "Past-Future, interp", "#56b4e9", "circle-open"),
     ("past_future_persistent", "Past-Future, persistent", "#7f6fb3", "circle-dot"), ("aggressive", "Aggressive", "#d55e00", "triangle-up"),
     ("aggressive_tuned", "Aggressive, tuned", "#e69f00", "triangle-up-open"), ("aggressive_published", "Aggressive, as published", "#b8860b", "triangle-down"),
-    ("conservative", "Conservative", "#8a8a2a", "square"), ("future_peak", "Future peak with cap", "#cc79a7", "diamond"), ("oracle", "Oracle", "#009e73", "star")):
+    ("conservative", "Conservative", "#8a8a2a", "square"), ("future_peak", "Future peak with cap", "#cc79a7", "diamond"), ("oracle", "Oracle", "#009e73", "star"),
+    ("past_future_adaptive", "Past-Future, adaptive", "#1b3f8b", "hexagon"), ("past_future_adaptive_2", "Past-Future, adaptive, strength 2", "#1b3f8b", "hexagon-open"),
+    ("past_future_adaptive_8", "Past-Future, adaptive, strength 8", "#1b3f8b", "hexagon-dot"), ("past_future_share", "Past-Future, share of futures", "#56b4e9", "hexagon2-open"),
+    ("past_future_feedback", "Past-Future, feedback", "#7f6fb3", "hexagon2"), ("best_tuned_baseline", "Best tuned baseline", "#a63603", "star-square"),
+    ("new_token_ratio", "SGLang ratio", "#b03a6b", "pentagon"), ("new_token_ratio_tuned", "SGLang ratio, tuned", "#b03a6b", "pentagon-open"),
+    ("hf_fifo", "transformers FIFO", "#5a6f1e", "cross"), ("hf_fifo_tuned", "transformers FIFO, tuned", "#5a6f1e", "cross-open"), ("hf_prefill_first", "transformers PrefillFirst", "#8fa83a", "x"),
+    ("conservative_tuned", "Conservative, tuned", "#8a8a2a", "square-open"), ("vllm", "vLLM", "#e07b39", "triangle-left"), ("sarathi", "Sarathi", "#c9a227", "triangle-right"),
+    ("lightllm", "LightLLM", "#d98cc0", "diamond-open"), ("static", "Static batching", "#6b6b6b", "hourglass"), ("dynamic", "Dynamic batching", "#9a9a9a", "bowtie"),
+    ("modeltc_lab", "modeltc_lab", "#0072b2", "circle-x"), ("simpy", "SimPy", "#d55e00", "circle-cross")):
     register_method(_name, _label, _color, _symbol)
 
 

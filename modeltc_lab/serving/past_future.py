@@ -269,7 +269,7 @@ class KnownLengths:
         "The truth, `futures` times."
         return np.tile(self.lengths[ids], (futures, 1))
 
-# %% ../../nbs/serving/13_past_future.ipynb #1b0ead16
+# %% ../../nbs/serving/13_past_future.ipynb #2596913f
 MARGINS = ("reserve", "feedback", "chance")
 RESERVE_STEP, RESERVE_MIN, RESERVE_MAX = 0.001, -0.1, 0.5
 
@@ -280,7 +280,7 @@ def _feel(params, live, first):
     if params[6] != 1: return
     live[0] = min(live[0] + RESERVE_STEP * first, RESERVE_MAX) if first else max(live[0] - RESERVE_STEP * params[7], RESERVE_MIN)
 
-# %% ../../nbs/serving/13_past_future.ipynb #7641dced
+# %% ../../nbs/serving/13_past_future.ipynb #3cb5f968
 @njit(cache=True)
 def _normal_quantile(p):
     "z with P(Z <= z) = p for p in [0.5, 1), by the rational approximation 26.2.23 of Abramowitz and Stegun (error below 4.5e-4)."
@@ -320,7 +320,7 @@ def _chance_admit(params, ordered, state, horizons, held, generated, cap, q_held
             if mean[i] + z * np.sqrt(var[i]) > usable: return j - n
     return q
 
-# %% ../../nbs/serving/13_past_future.ipynb #a00c1172
+# %% ../../nbs/serving/13_past_future.ipynb #18f7c405
 @njit(cache=True)
 def _history_admit(params, ordered, state, live, ids, held, generated, cap, q_ids, q_held, q_generated, q_cap, capacity, frozen):
     "Admitted prefix under sampled futures. params: reserve, futures, interp, persistent, share of futures that must fit, seed, margin, its strength, all futures always."
@@ -342,7 +342,7 @@ def _history_admit(params, ordered, state, live, ids, held, generated, cap, q_id
         fits[k] = _fit_prefix(held, left, q_held, q_left, usable)
     return np.sort(fits)[futures - int(np.ceil(params[4] * futures - 1e-9))]
 
-# %% ../../nbs/serving/13_past_future.ipynb #5da5567c
+# %% ../../nbs/serving/13_past_future.ipynb #ad2b9f55
 def _bounds(view: AdmissionView) -> tuple[IntArray, IntArray]:
     "Slots of running requests and candidates, with what the last page may waste (the bound of `peak_tokens`)."
     return view.held + view.page - 1, view.queued_prompt + view.queued_generated + view.page - 2
@@ -418,7 +418,7 @@ class PastFuture(AdmissionPolicy):
         init = model.init if isinstance(model.init, (int, type(None))) else f"{len(model.init)} observed lengths"
         return {**super().describe(), "window": model.window, "init": init, "variant": model.variant, "resample": model.resample}
 
-# %% ../../nbs/serving/13_past_future.ipynb #739bc0ad
+# %% ../../nbs/serving/13_past_future.ipynb #f23d8041
 @register("past_future_adaptive")
 class AdaptivePastFuture(PastFuture):
     "Past-Future without a reserve to tune and without dice: at every horizon the chance of an overflow stays below `strength` over the requests in the batch."
@@ -430,7 +430,7 @@ class AdaptivePastFuture(PastFuture):
     ):
         super().__init__(length_model, reserve=0.0, margin="chance", strength=strength)
 
-# %% ../../nbs/serving/13_past_future.ipynb #59439cd4
+# %% ../../nbs/serving/13_past_future.ipynb #efff53ce
 @register("future_peak")
 class FuturePeak(AdmissionPolicy):
     "The future without the past: the exact peak, as if every reply ran to the cap (LightLLM's default)."
@@ -460,7 +460,7 @@ class LightLLM(FuturePeak):
 
     engine = EngineConfig(mixed=False, admit_every=10)
 
-# %% ../../nbs/serving/13_past_future.ipynb #4146d059
+# %% ../../nbs/serving/13_past_future.ipynb #1538f924
 @register("oracle")
 class Oracle(AdmissionPolicy):
     "The exact peak with the true reply lengths: the bound nobody can have, for evaluation only."

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['MEMORY_POLICIES', 'MEMORY_UNITS', 'RESERVES', 'LOG_BINS', 'PREMISE_TRACES', 'GOODPUT_ENGINE', 'TUNED', 'CASES',
-           'SHARES', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'SPLITS', 'PROMISES', 'BUDGETS', 'memory_figures',
-           'memory_behaviour', 'reserve_tradeoff', 'race_results', 'race', 'histograms', 'similarity',
-           'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit', 'decision_case', 'warmed',
-           'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned', 'contestants', 'goodput_case',
-           'goodput', 'frontier', 'knee', 'pages_and_watermarks', 'cache_sizes', 'prefill_decode', 'chunk_budgets']
+           'SHARES', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'SPLITS', 'PROMISES', 'BUDGETS', 'SYSTEMS', 'MATRICES',
+           'SMALL', 'memory_figures', 'memory_behaviour', 'reserve_tradeoff', 'race_results', 'race', 'histograms',
+           'similarity', 'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit', 'decision_case',
+           'warmed', 'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned', 'contestants',
+           'goodput_case', 'goodput', 'frontier', 'knee', 'pages_and_watermarks', 'cache_sizes', 'prefill_decode',
+           'chunk_budgets', 'frontier_study', 'operator_seconds', 'operator_errors']
 
-# %% ../../nbs/serving/16_studies.ipynb #4eff4df7
+# %% ../../nbs/serving/16_studies.ipynb #5ff8482a
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,9 @@ from tqdm.auto import tqdm
 from ..core.bench import compare
 from ..core.data import data_hash, load
 from ..core.results import Record, record
-from .cost import DEVICES, MODELS, CostModel, Roofline, UnitCost
+from .cost import DEVICES, MODELS, VIDUR_MODELS, VIDUR_NODES, CostModel, Curve, Roofline, UnitCost
 from .past_future import AdaptivePastFuture, FuturePeak, HistoryLengths, Oracle, PastFuture, uniforms
-from .policies import AdmissionPolicy, AdmissionView, Aggressive, Conservative, EngineConfig, HFFifo, NewTokenRatio
+from .policies import AdmissionPolicy, AdmissionView, Aggressive, Conservative, EngineConfig, HFFifo, NewTokenRatio, make_policy
 from .token_sim import SLA, Fleet, Result, simulate
 from .workload import Workload, dist, servegen, sharegpt
 
@@ -516,4 +518,86 @@ def chunk_budgets(
         for metric, unit in (("longest gap, p99", "s (roofline)"), ("TTFT, p99", "s (roofline)"), ("goodput", "requests/s")):
             out.append(record("serving", "token_sim_chunks", "past_future_adaptive", metric, unit, [r[metric] for r in runs], implementation="modeltc_lab", x_name="tokens a pass", x=str(budget) if chunked else "whole prompts",
                               config={"rate": 4, "ttft_s": sla.ttft_s, "mtpot_s": sla.mtpot_s, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
+    return out
+
+# %% ../../nbs/serving/16_studies.ipynb #22191e71
+SYSTEMS = ("oracle", "past_future", "past_future_adaptive", "vllm", "sarathi", "new_token_ratio", "lightllm", "hf_fifo", "hf_prefill_first", "dynamic", "static")
+
+
+def frontier_study(
+    full: bool = False,  # five seeds instead of three
+) -> list[Record]:       # how far each system keeps its promise, and the seconds fifty points take
+    "Goodput frontier of every system on chat traffic (tokensim.md 4: seven policies), and its run time."
+    seeds, cost, w = range(5 if full else 3), _cost("llama-2-7b"), lambda s: sharegpt(2000, seed=s)
+    common = dict(implementation="modeltc_lab", config={"capacity": cost.kv_capacity, "ttft_s": 10.0, "mtpot_s": 1.5, "model": "llama-2-7b", "device": "a100-80g", "shares": list(SHARES)}, seed=list(seeds), data="sharegpt (generated)")
+    kept: dict[str, list[dict[str, float]]] = {}
+    for s in tqdm(seeds, desc="frontiers", leave=False):
+        top = sustained_rps(w(s), cost.kv_capacity, cost, EngineConfig(token_budget=2048, chunked=True, page=16))
+        warm = HistoryLengths(init=w(900 + s).sealed_output.tolist())
+        own = {"past_future": PastFuture(warm, seed=s), "past_future_adaptive": AdaptivePastFuture(warm), "oracle": Oracle()}
+        for name in SYSTEMS:
+            engine = EngineConfig(token_budget=2048, chunked=True, page=16) if name in own else None
+            rows = frontier(w(s), {name: own.get(name) or make_policy(name)}, cost.kv_capacity, cost, engine=engine, rates=[top * share for share in SHARES], progress=False)
+            best = max(rows, key=lambda r: r["goodput_rps"])
+            kept.setdefault(name, []).append({"holds to": knee(rows)[name], "best goodput": best["goodput_rps"], "longest gap there, p99": best["mtpot_p99"]})
+    out = [record("serving", "token_sim_frontier", name, metric, unit, [k[metric] for k in runs], **common)
+           for name, runs in kept.items() for metric, unit in (("holds to", "requests/s"), ("best goodput", "requests/s"), ("longest gap there, p99", "s (roofline)"))]
+    five = {name: make_policy(name) for name in ("past_future", "past_future_adaptive", "vllm", "new_token_ratio", "oracle")}
+    start = process_time()
+    points = frontier(w(0), five, cost.kv_capacity, cost, progress=False)
+    return [*out, record("serving", "token_sim_frontier", "modeltc_lab", f"{len(points)} points", "s of processor time", [process_time() - start], **{**common, "seed": 0})]
+
+# %% ../../nbs/serving/16_studies.ipynb #f4dfe2be
+MATRICES = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
+SMALL = ("input_layernorm", "attn_rope", "mlp_act", "add")
+
+
+def operator_seconds(
+    operator: str,           # of `MATRICES` or `SMALL`
+    tokens: ArrayLike,       # query tokens
+    roofline: Roofline,      # model, device, tp
+) -> NDArray[np.float64]:    # one call
+    "What the roofline's assumptions say of a single operator."
+    s, d, tp, t = roofline.shape, roofline.device, roofline.tp, np.asarray(tokens, np.float64)
+    width = s.heads * s.head_dim
+    weights = {"attn_pre_proj": s.hidden * (width + 2 * max(s.kv_heads, tp) * s.head_dim), "attn_post_proj": width * s.hidden, "mlp_up_proj": 2 * s.hidden * s.mlp, "mlp_down_proj": s.hidden * s.mlp}
+    moved = {"input_layernorm": 2 * s.hidden, "attn_rope": 2 * (width + s.kv_heads * s.head_dim) / tp, "mlp_act": 3 * s.mlp / tp, "add": 3 * s.hidden}
+    compute = 2 * weights.get(operator, 0) / tp * t / (d.flops * d.compute_efficiency)
+    memory = (weights.get(operator, 0) / tp * s.weight_bytes + moved.get(operator, 0) * t * 2) / (d.bandwidth * d.memory_efficiency)
+    return roofline.launch_s + np.maximum(compute, memory)
+
+
+def operator_errors(
+    full: bool = False,  # nothing larger: every profile is compared
+) -> list[Record]:       # signed median and p90 of the relative error by kind of operator and size
+    "Roofline and operator table against Vidur's published profiles, where they overlap."
+    t, net, wrong = load("vidur_linear_ops"), load("vidur_network"), {}
+    note = lambda method, kind, metric, values: wrong.setdefault((method, kind, metric), []).extend(np.asarray(values).tolist())
+    jobs = [(m, d, tp) for m in VIDUR_MODELS for d in VIDUR_NODES for tp in (1, 2, 4, 8) if ((t["gpu"] == VIDUR_NODES[d][0]) & (t["model"] == VIDUR_MODELS[m]) & (t["tp"] == tp)).any()]
+    for model, device, tp in tqdm(jobs, desc="profiles", leave=False):
+        rows = (t["gpu"] == VIDUR_NODES[device][0]) & (t["model"] == VIDUR_MODELS[model]) & (t["tp"] == tp)
+        roofline = Roofline(MODELS[model], DEVICES[device], tp)
+        for op in (*MATRICES, *SMALL):
+            size, took = t["num_tokens"][rows], 1e-3 * t[f"{op}_ms"][rows]
+            seen = np.isfinite(took) & (took > 0)
+            size, took = size[seen], took[seen]
+            error, kind = operator_seconds(op, size, roofline) / took - 1, "matrix products" if op in MATRICES else "norms, rope, activations, adds"
+            for label, part in (("up to 128 tokens", size <= 128), ("above", size > 128)): note("roofline", kind, label, error[part])
+            order = np.argsort(size)
+            fitted = Curve.of(size[order][::2], took[order][::2])
+            note("operator table, half of the grid left out", kind, "all sizes", fitted(size[order][1::2]) / took[order][1::2] - 1)
+    for device, (_, node) in VIDUR_NODES.items():
+        for tp in (2, 4, 8):
+            rows = (net["node"] == node) & (net["op"] == "all_reduce") & (net["num_workers"] == tp) & (net["devices_per_node"] == tp)
+            if not rows.any(): continue
+            d, size, took = DEVICES[device], net["bytes"][rows], 1e-3 * net["median_ms"][rows]
+            error = (d.link_latency_s + size * (tp - 1) / tp / d.link_bandwidth) / took - 1
+            for label, part in (("up to 128 tokens", size <= 2**20), ("above", size > 2**20)): note("roofline", "all-reduce (small: up to a mebibyte)", label, error[part])
+            curve = Curve.of(size[::2], took[::2])
+            note("operator table, half of the grid left out", "all-reduce (small: up to a mebibyte)", "all sizes", curve(size[1::2]) / took[1::2] - 1)
+    out = []
+    for (method, kind, label), values in wrong.items():
+        for metric, value in ((f"{label}: median error", np.median(values)), (f"{label}: p90 of its size", np.percentile(np.abs(values), 90))):
+            out.append(record("serving", "token_sim_operators", method, metric, "%", [100 * float(value)], implementation="modeltc_lab", x_name="kind of operator", x=kind, config={"points": len(values)},
+                              data="vidur_linear_ops", data_hash=data_hash("vidur_linear_ops")))
     return out

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_MS = 180_000
+TECHNIQUE, GALLERY = "serving/13_past_future.ipynb", "serving/19_views.ipynb"
 
 
 def free_port():
@@ -61,21 +62,35 @@ def server_pause(server):
     except subprocess.TimeoutExpired: return
 
 
-@pytest.fixture(scope="module")
-def notebook(lab, browser):
-    "The technique notebook in the browser, run from top to bottom; page errors and outside requests are kept."
+def opened(lab, browser, path):
+    "A notebook in the browser, run from top to bottom; page errors and outside requests are kept."
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
     page.errors, page.hosts = [], set()
     page.on("pageerror", lambda e: page.errors.append(str(e)))
     page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
-    page.goto(f"{lab}/lab/tree/serving/13_past_future.ipynb?reset")
+    page.goto(f"{lab}/lab/tree/{path}?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_selector(".jp-NotebookPanel-toolbar")
     page.wait_for_function("[...document.querySelectorAll('.jp-Toolbar-kernelName, .jp-KernelName')].some(e => e.textContent.includes('Python'))")
     page.click("text=Run >> nth=0")
     page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
     page.wait_for_function(FINISHED)
+    return page
+
+
+@pytest.fixture(scope="module")
+def notebook(lab, browser):
+    "The technique notebook."
+    page = opened(lab, browser, TECHNIQUE)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def gallery(lab, browser):
+    "The notebook of the views: every widget of the room, quick to run."
+    page = opened(lab, browser, GALLERY)
     yield page
     page.close()
 
@@ -96,11 +111,11 @@ def widget(page, index):
     return cell
 
 
-def cells_with(name):
-    "Places of the code cells that show a widget."
-    nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
+def cells_with(name, path=TECHNIQUE):
+    "Place of the code cell that shows a widget."
+    nb = json.loads((ROOT / "nbs" / path).read_text())
     sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    return next(i for i, s in enumerate(sources) if s.startswith(f"{name} = views."))
+    return next(i for i, s in enumerate(sources) if s.startswith(f"{name} = "))
 
 
 STATE = "el => { const g = el.querySelector('.js-plotly-plot'); return JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]); }"
@@ -122,7 +137,9 @@ def press(slider, key="ArrowRight"):
     slider.press(key)
 
 
-def test_no_cell_failed(notebook):
+@pytest.mark.parametrize("name", ["notebook", "gallery"])
+def test_no_cell_failed(name, request):
+    notebook = request.getfixturevalue(name)
     assert notebook.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
     assert notebook.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
@@ -149,6 +166,36 @@ def test_length_posterior_every_control(notebook):
     assert "(interp)" in moves(notebook, cell, lambda: toggles.nth(1).click())[1][0]
 
 
+def test_policy_race_every_control(gallery):
+    cell = widget(gallery, cells_with("race_widget", GALLERY))
+    names = cell.locator(".widget-slider .widget-label").all_text_contents()
+    assert len(names) == 7 and names[0].startswith("rate") and names[-1].startswith("MTPOT")
+    for i in (0, 2, 3, 4, 5, 6): moves(gallery, cell, lambda i=i: press(cell.locator(".noUi-handle").nth(i), "ArrowLeft"))
+    moves(gallery, cell, lambda: press(cell.locator(".noUi-handle").nth(1)))
+    before, after = moves(gallery, cell, lambda: cell.locator("select").select_option(["Conservative"]))
+    assert before[0].startswith("Past-Future") and after[0].startswith("Conservative") and len(after[1]) < len(before[1])
+    moves(gallery, cell, lambda: press(cell.locator(".noUi-handle").nth(5), "ArrowLeft"))  # the new figure is alive too
+
+
+def test_serving_timeline_click_and_every_control(gallery):
+    cell = widget(gallery, cells_with("timeline_widget", GALLERY))
+    bar = cell.locator(".barlayer .trace").nth(1).locator(".point path").nth(7)  # somebody served in time
+    before, after = moves(gallery, cell, lambda: bar.click(force=True))
+    marked = re.match(r"request (\d+): wait", after[0])
+    assert before[0].startswith("Aggressive") and marked and cell.locator("select").nth(1).locator("option:checked").text_content().strip() == marked[1]
+    cell.locator("select").nth(1).select_option("none")
+    gallery.wait_for_function("el => el.querySelector('.js-plotly-plot').layout.title.text.startsWith('Aggressive')", arg=cell.element_handle())
+    for i, key in enumerate(("ArrowRight", "ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowLeft")): moves(gallery, cell, lambda i=i, key=key: press(cell.locator(".noUi-handle").nth(i), key))
+    assert moves(gallery, cell, lambda: cell.locator("select").nth(0).select_option("Oracle"))[1][0].startswith("Oracle")
+
+
+def test_goodput_frontier_every_control(gallery):
+    cell = widget(gallery, cells_with("frontier_widget", GALLERY))
+    for i in range(3): moves(gallery, cell, lambda i=i: press(cell.locator(".noUi-handle").nth(i), "ArrowLeft"))
+    for label in ("within the promise", "p50"): moves(gallery, cell, lambda label=label: cell.locator(f".widget-toggle-buttons button:text-is('{label}')").click())
+    assert "Aggressive" in moves(gallery, cell, lambda: cell.locator("select").select_option(["Aggressive"]))[1][0]
+
+
 def test_twin_slider_moves_in_the_notebook(notebook):
     nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
     sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
@@ -158,7 +205,9 @@ def test_twin_slider_moves_in_the_notebook(notebook):
     moves(notebook, cell, lambda: rail.click(position={"x": 6, "y": 6}))
 
 
-def test_quiet(notebook):
+@pytest.mark.parametrize("name", ["notebook", "gallery"])
+def test_quiet(name, request):
     "No page error, no pop-up, no request to another host."
-    assert notebook.locator(".Toastify__toast").count() == 0
-    assert notebook.errors == [] and {h.split(":")[0] for h in notebook.hosts} == {"127.0.0.1"}
+    page = request.getfixturevalue(name)
+    assert page.locator(".Toastify__toast").count() == 0
+    assert page.errors == [] and {h.split(":")[0] for h in page.hosts} == {"127.0.0.1"}

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 SITE = Path(__file__).resolve().parents[2] / "docs" / "_site"
-TECHNIQUE = "serving/past_future.html"
+TECHNIQUE, GALLERY = "serving/past_future.html", "serving/views.html"
 DRAWN = "() => { const all = [...document.querySelectorAll('.mlab-figure .plot, .mlab-twin .plot')]; return all.length > 0 && all.every(d => d.querySelector('.main-svg')); }"
 SHOWN = "el => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]); }"
 CHANGED = "([el, old]) => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]) !== old; }"
@@ -62,9 +62,10 @@ def press(page, twin, control, key):
     return before, twin.evaluate(SHOWN)
 
 
-def test_every_slider_of_a_twin_moves_with_the_keyboard(visit):
+@pytest.mark.parametrize("name", [TECHNIQUE, GALLERY])
+def test_every_slider_of_a_twin_moves_with_the_keyboard(visit, name):
     "Each slider alone changes the drawn figure, and moving it back restores what was there."
-    page = visit.open(TECHNIQUE, DRAWN)
+    page = visit.open(name, DRAWN)
     twins = page.locator(".mlab-twin")
     assert twins.count() >= 2
     for i in range(twins.count()):
@@ -80,6 +81,21 @@ def test_every_slider_of_a_twin_moves_with_the_keyboard(visit):
             assert value.text_content() != said
             moved_from, restored = press(page, twin, slider, back)
             assert (moved_from, restored) == (moved, first) and value.text_content() == said
+
+
+def test_every_choice_of_a_twin_moves_the_figure(visit):
+    "Each list alone changes the drawn figure, whatever is chosen."
+    page = visit.open(GALLERY, DRAWN)
+    twins = page.locator(".mlab-twin").filter(has=page.locator("select"))
+    assert twins.count() >= 3
+    for i in range(twins.count()):
+        twin, handle = twins.nth(i), twins.nth(i).element_handle()
+        for choice in twin.locator("select").all():
+            for other in range(choice.locator("option").count()):
+                if str(other) == choice.input_value(): continue
+                before = twin.evaluate(SHOWN)
+                choice.select_option(index=other)
+                page.wait_for_function(CHANGED, arg=[handle, before])
 
 
 def test_twin_shows_the_combination_its_controls_name(visit):
