@@ -188,7 +188,7 @@ DEVICES = {d.name: d for d in (
     Device("a100-80g", 312e12, 2.039e12, 80e9, 300e9),
     Device("h100-sxm", 989e12, 3.35e12, 80e9, 450e9, host_bandwidth=50e9))}
 
-# %% ../../nbs/serving/09_cost.ipynb #bd73d862
+# %% ../../nbs/serving/09_cost.ipynb #d6ad3e71
 @dataclass(frozen=True)
 class Roofline:
     "Analytic cost of a forward pass on a device (tensor parallel over `tp` of them)."
@@ -213,7 +213,7 @@ class Roofline:
         fixed, per_token = self.overhead_s + self.launch_s * (self.launches_per_layer * s.layers + 2), 0.0
         if self.tp > 1:  # two all-reduces a layer; their latency is exposed, so it adds
             fixed += 2 * s.layers * d.link_latency_s
-            per_token = 2 * s.layers * s.hidden * 2 * (self.tp - 1) / self.tp / d.link_bandwidth
+            per_token = 2 * s.layers * s.hidden * 2 * 2 * (self.tp - 1) / self.tp / d.link_bandwidth  # a ring sends everything out and back
         score = 4 * s.layers * s.heads * s.head_dim * flop
         read = s.kv_token_bytes * byte * max(1.0, self.tp / s.kv_heads)  # a KV head cannot be split: more devices than heads hold copies
         return np.array([fixed, per_token, 2 * linear * flop, linear * s.weight_bytes * byte, 2 * head * flop, head * s.weight_bytes * byte,

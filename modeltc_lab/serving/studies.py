@@ -547,7 +547,7 @@ def frontier_study(
     points = frontier(w(0), five, cost.kv_capacity, cost, progress=False)
     return [*out, record("serving", "token_sim_frontier", "modeltc_lab", f"{len(points)} points", "s of processor time", [process_time() - start], **{**common, "seed": 0})]
 
-# %% ../../nbs/serving/16_studies.ipynb #f4dfe2be
+# %% ../../nbs/serving/16_studies.ipynb #2a555ce4
 MATRICES = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
 SMALL = ("input_layernorm", "attn_rope", "mlp_act", "add")
 
@@ -591,7 +591,7 @@ def operator_errors(
             rows = (net["node"] == node) & (net["op"] == "all_reduce") & (net["num_workers"] == tp) & (net["devices_per_node"] == tp)
             if not rows.any(): continue
             d, size, took = DEVICES[device], net["bytes"][rows], 1e-3 * net["median_ms"][rows]
-            error = (d.link_latency_s + size * (tp - 1) / tp / d.link_bandwidth) / took - 1
+            error = (d.link_latency_s + size * 2 * (tp - 1) / tp / d.link_bandwidth) / took - 1
             for label, part in (("up to 128 tokens", size <= 2**20), ("above", size > 2**20)): note("roofline", "all-reduce (small: up to a mebibyte)", label, error[part])
             curve = Curve.of(size[::2], took[::2])
             note("operator table, half of the grid left out", "all-reduce (small: up to a mebibyte)", "all sizes", curve(size[1::2]) / took[1::2] - 1)

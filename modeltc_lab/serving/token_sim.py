@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUEST', 'STEP', 'PERCENTILES', 'SLA', 'percentiles', 'Result', 'Fleet', 'simulate']
 
-# %% ../../nbs/serving/14_token_sim.ipynb #02aa04d2
+# %% ../../nbs/serving/14_token_sim.ipynb #6261d75a
 from collections import deque
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,7 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import DEVICES, MODELS, CostModel, Plan, Roofline, SimulationError
-from .fast_loop import ROUTERS, Brains, Requests, Setup, Workers, run_compiled
+from modeltc_lab.serving.fast_loop import (
+    ARRIVAL_S,
+    CACHED,
+    CAP,
+    EVICTIONS,
+    FINISH_S,
+    FIRST_TOKEN_S,
+    FREE,
+    GENERATED,
+    LAST_S,
+    LINK_FREE_S,
+    MAX_GAP_S,
+    OUTPUT,
+    PROMPT,
+    RECOMPUTED,
+    ROUTERS,
+    SWAPPED,
+    WORKER,
+    Brains,
+    Requests,
+    Setup,
+    Workers,
+    run_compiled,
+)
 from .memory import KVMemory, pages_for
 from .past_future import _mix, peak_tokens
 from .policies import AdmissionPolicy, AdmissionView, EngineConfig, IntArray
@@ -495,7 +518,7 @@ def _unfinished(rows: NDArray[Any], columns: dict[str, NDArray[Any]], generated:
     columns["max_gap_s"][left] = np.maximum(columns["max_gap_s"][left], until_s - last_token_s[left])
     for f, values in columns.items(): rows[f] = values
 
-# %% ../../nbs/serving/14_token_sim.ipynb #1c5bac61
+# %% ../../nbs/serving/14_token_sim.ipynb #5af81a46
 def simulate(
     workload: Workload,           # the traffic
     policy: AdmissionPolicy,      # who is admitted, reset first
@@ -569,24 +592,25 @@ def _numba(w: Workload, specs: Sequence[Any], capacity: int, cost: Any, engine: 
                   w.block_tokens, pages_for(w.block_tokens, e.page), fleet.workers, fleet.prefill_workers, ROUTERS.index(fleet.router), fleet.link_s_per_token,
                   fleet.link_latency_s, w.clients or 0, track_peak, fast_forward)
     rows = _request_rows(w)
-    c = {f: np.ascontiguousarray(rows[f]) for f in REQUEST.names or ()}
-    whole, flag, real = (lambda *shape: np.zeros(shape, np.int64)), (lambda: np.zeros(n, bool)), (lambda: np.zeros(n))
-    generated, last = whole(n), real()
-    requests = Requests(w.prompt, w.sealed_output, w.cap, generated, whole(n), whole(n), whole(n), whole(n), flag(), flag(), flag(), real(), last, first_block, blocks,
-                        c["arrival_s"], c["first_token_s"], c["finish_s"], c["max_gap_s"], c["evictions"], c["recomputed"], c["cached"], c["swapped"], c["worker"])
+    whole, times = np.zeros((16, n), np.int64), np.zeros((6, n))
+    whole[PROMPT], whole[OUTPUT], whole[CAP] = w.prompt, w.sealed_output, w.cap
+    times[ARRIVAL_S], times[FIRST_TOKEN_S], times[FINISH_S] = rows["arrival_s"], rows["first_token_s"], rows["finish_s"]
     ring = np.full((total, known + 1), -1, np.int64)
     ring[:, known] = known
-    idle = np.full(total, -1.0)
-    workers = Workers(idle, idle.copy(), idle.copy(), np.zeros(total), whole(total), whole(total), np.full(total, capacity // e.page), *[whole(total) for _ in range(6)], whole(total, n), whole(total, n), whole(total, n + 1),
-                      whole(total, known), ring, ring.copy(), np.full(n, np.inf))
+    counts, clocks = np.zeros((9, total), np.int64), np.full((4, total), -1.0)
+    counts[FREE], clocks[LINK_FREE_S] = setup.pages, 0.0
+    rectangle = lambda columns: np.zeros((total, columns), np.int64)
+    workers = Workers(counts, clocks, rectangle(n), rectangle(n), rectangle(n + 1), rectangle(known), ring, ring.copy(), np.full(n, np.inf))
     stack = lambda i: np.stack([spec[i] for spec in specs])
     brains = Brains(specs[0].kind, specs[0].params, stack(2), stack(3), stack(4), stack(5))
-    done, times, counts, bad, sent = run_compiled(setup, requests, workers, brains, cost, until_s)
+    done, ends, passes, bad, sent = run_compiled(setup, Requests(whole, times, first_block, blocks), workers, brains, cost, until_s)
     if bad >= 0: raise SimulationError(f"pass {bad}: the cost model did not give a positive number of seconds; look at its coefficients")
     for i, spec in enumerate(specs):
         for kept, learnt in zip(spec[2:], (brains.ring[i], brains.ordered[i], brains.state[i], brains.live[i])): kept[:] = learnt
-    _unfinished(rows, c, generated, last, until_s)
+    columns = {"arrival_s": times[ARRIVAL_S], "first_token_s": times[FIRST_TOKEN_S], "finish_s": times[FINISH_S], "max_gap_s": times[MAX_GAP_S], "evictions": whole[EVICTIONS],
+               "recomputed": whole[RECOMPUTED], "cached": whole[CACHED], "swapped": whole[SWAPPED], "worker": whole[WORKER]}
+    _unfinished(rows, columns, whole[GENERATED], times[LAST_S], until_s)
     steps = np.empty(done, STEP)
-    steps["start_s"], steps["time_s"] = times[:done].T
-    for i, f in enumerate((STEP.names or ())[2:]): steps[f] = counts[:done, i]
+    steps["start_s"], steps["time_s"] = ends[:done].T
+    for i, f in enumerate((STEP.names or ())[2:]): steps[f] = passes[:done, i]
     return rows[:sent], steps
