@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from modeltc_lab.serving.token_sim import SLA, Fleet
     from modeltc_lab.serving.workload import Workload
 
-# %% ../../nbs/serving/18_commands.ipynb #9a7e23e6
+# %% ../../nbs/serving/18_commands.ipynb #8f62f5d1
 def _numbers(option: str, text: str, count: int | None = None) -> list[float]:
     "Numbers between commas."
     try: numbers = [float(p) for p in text.split(",")]
@@ -76,14 +76,22 @@ def _cost(kind: str, model: str, device: str, tp: int) -> "tuple[CostModel, Roof
     raise ValueError(f"--cost {kind!r}: need roofline, operators, or the JSON file of a calibrated model")
 
 
-def _traffic(trace: str, requests: int | None, rate: float | None, clients: int | None, max_new_tokens: int | None, arrivals: str, cv: float, seed: int) -> "Workload":
-    "The workload the options describe."
+def _traffic(trace: str, requests: int | None, rate: float | None, clients: int | None, max_new_tokens: int | None, arrivals: str, cv: float, seed: int, warm: int) -> "tuple[Workload, list[int] | None]":
+    "The workload the options describe, and the replies before it that fill a history."
     from modeltc_lab.serving.workload import Workload, WorkloadError
     if rate is not None and clients is not None: raise ValueError(f"--rate {rate} with --clients {clients}: need one or the other (open or closed loop)")
     if arrivals not in ("trace", "poisson", "gamma", "at_once"): raise ValueError(f"--arrivals {arrivals!r}: need trace, poisson, gamma or at_once")
+    if warm < 0: raise ValueError(f"--warm {warm}: need 0 or more requests")
     w = Workload.load(trace, max_new_tokens)
+    past = w.head(warm).sealed_output.tolist() if warm else None
+    w = w.part(warm)
     if requests is not None: w = w.head(requests)
-    if not len(w): raise WorkloadError(f"--trace {trace}: no requests in it")
+    if not len(w): raise WorkloadError(f"--trace {trace}: no requests in it" + (f" after the first {warm}" if warm else ""))
+    return _arriving(w, trace, rate, clients, arrivals, cv, seed), past
+
+
+def _arriving(w: "Workload", trace: str, rate: float | None, clients: int | None, arrivals: str, cv: float, seed: int) -> "Workload":
+    "The same requests, arriving as the options say."
     if clients is not None: return w.closed_loop(clients)
     if arrivals == "at_once": return w.at_once()
     if arrivals != "trace":
@@ -95,13 +103,13 @@ def _traffic(trace: str, requests: int | None, rate: float | None, clients: int 
 
 
 def _policy(name: str, reserve: float | None, watermark: float | None, ratio: float | None, margin: float | None, strength: float | None, variant: str, resample: str, window: int,
-            futures: int | None, seed: int) -> Any:
+            futures: int | None, seed: int, past: list[int] | None) -> Any:
     "One policy with the options that belong to it."
     from modeltc_lab.serving.past_future import HistoryLengths
     from modeltc_lab.serving.policies import make_policy
     given = lambda **options: {k: v for k, v in options.items() if v is not None}
     if name in ("past_future", "past_future_adaptive"):
-        model = HistoryLengths(window=window, variant=variant, resample=resample)  # type: ignore[arg-type]
+        model = HistoryLengths(window=window, init=past, variant=variant, resample=resample)  # type: ignore[arg-type]
         return make_policy(name, length_model=model, **(given(strength=strength) if name == "past_future_adaptive" else {"seed": seed, **given(futures=futures, reserve=reserve)}))
     own = {"aggressive": {"watermark": watermark}, "vllm": {"watermark": watermark}, "sarathi": {"watermark": watermark}, "new_token_ratio": {"ratio": ratio},
            "hf_fifo": {"margin": margin}, "hf_prefill_first": {"margin": margin}}
@@ -155,7 +163,7 @@ def _report(path: str, title: str, figure: Any, text: str) -> None:
     try: Path(path).write_text(page, encoding="utf-8")
     except OSError as e: raise ValueError(f"--report {path}: cannot be written ({e.strerror})") from e
 
-# %% ../../nbs/serving/18_commands.ipynb #7c9aaac6
+# %% ../../nbs/serving/18_commands.ipynb #0ec8f127
 def sim(
     trace: str = "sharegpt",                 # a trace of `data list`, a generated workload (sharegpt, dist-1, arxiv, servegen_deepseek-r1, ...), or a CSV, JSONL or parquet file
     policy: list[str] = ["past_future", "past_future_adaptive", "aggressive", "conservative", "oracle"],  # who decides on admission; repeat the option
@@ -188,6 +196,7 @@ def sim(
     reserve: float | None = None,            # past_future: share of the memory left unplanned, default 0.05
     strength: float | None = None,           # past_future_adaptive: tolerated chance of an overflow times the batch, default 4
     window: int = 1000,                      # past_future: finished replies remembered
+    warm: int = 0,                           # past_future: so many requests of the trace are not served, their replies fill the history
     futures: int | None = None,              # past_future: futures drawn for a decision, default 5
     variant: str = "step",                   # past_future: step or interp
     resample: str = "every_pass",            # past_future: every_pass or persistent
@@ -209,18 +218,18 @@ def sim(
     from modeltc_lab.serving.token_sim import Fleet, simulate
     limit, (seconds, roofline) = _sla(sla), _cost(cost, model, device, tp)
     fleet = Fleet(workers, router=router) if not prefill_workers else Fleet.over(roofline, workers, prefill_workers, router)
+    w, past = _traffic(trace, requests, rate, clients, max_new_tokens, arrivals, cv, seed, warm)
     changes = dict(token_budget=token_budget, max_batch=max_batch, page=page, cache=cache, evict=evict, host=host, victim=victim, admit_every=admit_every, lookahead=lookahead, schedule_s=schedule_s)
-    policies = {p: _policy(p, reserve, watermark, ratio, margin, strength, variant, resample, window, futures, seed) for p in dict.fromkeys(policy)}
-    w = _traffic(trace, requests, rate, clients, max_new_tokens, arrivals, cv, seed)
+    policies = {p: _policy(p, reserve, watermark, ratio, margin, strength, variant, resample, window, futures, seed, past) for p in dict.fromkeys(policy)}
     slots = roofline.kv_capacity if capacity is None else capacity
     quiet = True if json else None
     config = {"trace": trace, "generated": w.generated, "note": w.note, "requests": len(w), "capacity": slots, "rate": rate, "arrivals": arrivals, "clients": clients,
               "sla": {"ttft_s": limit.ttft_s, "mtpot_s": limit.mtpot_s}, "max_new_tokens": int(w.cap.max()), "model": model, "device": device, "tp": tp, "cost": cost, "engine": engine,
-              "fleet": {"workers": workers, "prefill_workers": prefill_workers, "router": router}, "seed": seed, "warmup": warmup, "drain": drain, "policies": [p.describe() for p in policies.values()]}
+              "fleet": {"workers": workers, "prefill_workers": prefill_workers, "router": router}, "warm": warm, "seed": seed, "warmup": warmup, "drain": drain, "policies": [p.describe() for p in policies.values()]}
     if frontier:
         _no("frontier", rate=rate, clients=clients, until=until)
         rows = _frontier(w, policies, slots, seconds, limit, engine, changes, fleet, [] if rates is None else _numbers("rates", rates), warmup, drain, quiet)
-        text = _chart(rows, limit, w)
+        text = _chart(rows, limit, w) + _hint(policies, w, past, window)
         if report is not None:
             from modeltc_lab.serving.views import goodput_frontier
             _report(report, "modeltc-lab sim --frontier", goodput_frontier(rows, limit), text)
@@ -230,11 +239,17 @@ def sim(
     results = [simulate(w, p, slots, seconds, engine=_engine(engine, p.engine, **changes), fleet=fleet, until_s=float("inf") if until is None else until)
                for p in tqdm(policies.values(), desc="policies", disable=True if json or len(policies) < 2 else None, leave=False)]
     summaries = [r.summary(limit, warmup, drain) for r in results]
-    text = _table(summaries, limit, w, slots)
+    text = _table(summaries, limit, w, slots) + _hint(policies, w, past, window)
     if report is not None:
         from modeltc_lab.serving.views import memory_race
         _report(report, "modeltc-lab sim", memory_race(results), text)
     print(_json({"config": config, "results": summaries}) if json else text)
+
+
+def _hint(policies: dict[str, Any], w: "Workload", past: list[int] | None, window: int) -> str:
+    "Say so when a history starts cold and the run is too short for that not to matter."
+    if past is not None or not any(p.startswith("past_future") for p in policies) or len(w) > 5 * window: return ""
+    return f"\n\npast_future begins without a history and takes half of its window for the longest reply allowed; with {len(w)} requests that shows. A service that has run for a while: --warm {window}"
 
 
 def _no(option: str, **others: Any) -> None:
@@ -277,5 +292,5 @@ sim.__option_groups__ = {  # type: ignore[attr-defined]
     "Traffic": ["trace", "requests", "rate", "arrivals", "cv", "clients", "max_new_tokens"], "Model and device": ["model", "device", "tp", "cost", "capacity"],
     "Engine": ["engine", "token_budget", "max_batch", "page", "cache", "evict", "host", "victim", "admit_every", "lookahead", "schedule_s"],
     "Fleet": ["workers", "prefill_workers", "router"],
-    "Policies": ["policy", "reserve", "strength", "window", "futures", "variant", "resample", "watermark", "ratio", "margin", "seed"],
+    "Policies": ["policy", "reserve", "strength", "window", "warm", "futures", "variant", "resample", "watermark", "ratio", "margin", "seed"],
     "Measuring": ["sla", "warmup", "drain", "until"], "Frontier": ["frontier", "rates"], "Output": ["json", "report"]}
