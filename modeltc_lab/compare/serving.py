@@ -70,7 +70,7 @@ def simpy_serve(
     env.run(env.process(engine()))
     return finish
 
-# %% ../../nbs/compare/90_serving.ipynb #2cf35e04
+# %% ../../nbs/compare/90_serving.ipynb #9dcc784c
 def speed(
     full: bool = False,  # more repeats
 ) -> list[Record]:       # requests per second of processor time, and the ratio to SimPy
@@ -79,7 +79,7 @@ def speed(
     w, small = sharegpt(n, rate=4, seed=0), sharegpt(400, rate=4, seed=0)
     warm = HistoryLengths(init=sharegpt(1000, seed=9).sealed_output.tolist())
     policies: dict[str, AdmissionPolicy] = {"aggressive": Aggressive(0.99), "conservative": Conservative(), "past_future": PastFuture(warm), "past_future_adaptive": AdaptivePastFuture(warm), "oracle": Oracle()}
-    common = dict(implementation="modeltc_lab", seed=0, data="sharegpt (generated)")
+    common: dict[str, Any] = dict(implementation="modeltc_lab", seed=0, data="sharegpt (generated)")
     agree = lambda: np.allclose(simpy_serve(small, capacity), simulate(small, Aggressive(0.99), capacity, UnitCost(0.025)).requests["finish_s"], rtol=1e-9)
     for name, policy in tqdm(policies.items(), desc="speed", leave=False):
         timed = compare(lambda: simulate(w, policy, capacity, UnitCost(0.025)), lambda: simpy_serve(small, capacity), check=agree, repeats=12 if full else 5, warmup=1)

@@ -95,7 +95,7 @@ def _of_plan(cost: CompiledCost, plan: Plan, step: int) -> float:
     "Seconds of a plan under a compiled cost."
     return float(_seconds(cost, step, plan.tokens, plan.rows, plan.prefill_area, plan.prefill_kv, plan.decode_kv, plan.swapped))
 
-# %% ../../nbs/serving/09_cost.ipynb #0634b043
+# %% ../../nbs/serving/09_cost.ipynb #8ce18193
 @dataclass(frozen=True)
 class ModelShape:
     "What of a decoder-only transformer decides its serving cost."
@@ -110,6 +110,13 @@ class ModelShape:
     vocab: int
     weight_bytes: float = 2  # bytes a weight
     kv_bytes: float = 2      # bytes a KV element
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab"):
+            if not getattr(self, name) >= 1: raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        for name in ("weight_bytes", "kv_bytes"):
+            if not 0 < getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: need a finite number above 0")
+        if self.heads % self.kv_heads: raise ValueError(f"kv_heads={self.kv_heads}: need a divisor of heads={self.heads}")
 
     @property
     def layer_weights(self) -> int:
@@ -132,12 +139,14 @@ class ModelShape:
         config: Any,  # a transformers configuration with the Llama names
     ) -> "ModelShape":
         "The shape of a transformers model."
+        missing = [n for n in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size") if not isinstance(getattr(config, n, None), int)]
+        if missing: raise ValueError(f"config: no whole number {', '.join(missing)}; need a configuration with the Llama names, or write ModelShape(...)")
         heads = config.num_attention_heads
         return cls(getattr(config, "name_or_path", "") or config.model_type, config.num_hidden_layers, config.hidden_size, heads,
                    getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None) or config.hidden_size // heads,
                    config.intermediate_size, config.vocab_size)
 
-# %% ../../nbs/serving/09_cost.ipynb #46a51fd8
+# %% ../../nbs/serving/09_cost.ipynb #4e96be61
 @dataclass(frozen=True)
 class Device:
     "What of an accelerator decides serving cost. Peaks from the vendors' data sheets, efficiencies assumed."
@@ -153,6 +162,7 @@ class Device:
     memory_efficiency: float = 0.8     # share of the bandwidth that reading weights and KV reaches
 
     def __post_init__(self) -> None:
+        if not 0 <= self.link_latency_s < float("inf"): raise ValueError(f"link_latency_s={self.link_latency_s}: need a finite number of seconds, 0 or more")
         for name in ("flops", "bandwidth", "memory", "link_bandwidth", "host_bandwidth"):
             if not 0 < getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: need a finite number above 0")
         for name in ("compute_efficiency", "memory_efficiency"):
@@ -188,7 +198,7 @@ DEVICES = {d.name: d for d in (
     Device("a100-80g", 312e12, 2.039e12, 80e9, 300e9),
     Device("h100-sxm", 989e12, 3.35e12, 80e9, 450e9, host_bandwidth=50e9))}
 
-# %% ../../nbs/serving/09_cost.ipynb #d6ad3e71
+# %% ../../nbs/serving/09_cost.ipynb #766f7ca8
 @dataclass(frozen=True)
 class Roofline:
     "Analytic cost of a forward pass on a device (tensor parallel over `tp` of them)."
@@ -203,7 +213,13 @@ class Roofline:
     def __post_init__(self) -> None:
         for name in ("launch_s", "overhead_s"):
             if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"{name}={getattr(self, name)}: need a finite number of seconds, 0 or more")
-        if self.tp < 1: raise ValueError(f"tp={self.tp}: need at least 1 device")
+        if not self.tp >= 1 or self.tp != int(self.tp): raise ValueError(f"tp={self.tp}: need a whole number of devices, at least 1")
+        if not self.launches_per_layer >= 0: raise ValueError(f"launches_per_layer={self.launches_per_layer}: need 0 or more")
+
+    @property
+    def kv_copies(self) -> float:
+        "How often the KV of a token is kept: a KV head cannot be split, so more devices than heads hold copies."
+        return max(1.0, self.tp / self.shape.kv_heads)
 
     def coefficients(self) -> NDArray[np.float64]:
         "The eleven numbers `_seconds` needs."
@@ -215,9 +231,9 @@ class Roofline:
             fixed += 2 * s.layers * d.link_latency_s
             per_token = 2 * s.layers * s.hidden * 2 * 2 * (self.tp - 1) / self.tp / d.link_bandwidth  # a ring sends everything out and back
         score = 4 * s.layers * s.heads * s.head_dim * flop
-        read = s.kv_token_bytes * byte * max(1.0, self.tp / s.kv_heads)  # a KV head cannot be split: more devices than heads hold copies
+        read = s.kv_token_bytes * self.kv_copies * byte
         return np.array([fixed, per_token, 2 * linear * flop, linear * s.weight_bytes * byte, 2 * head * flop, head * s.weight_bytes * byte,
-                         score, read, score, read, s.kv_token_bytes / d.host_bandwidth / self.tp])
+                         score, read, score, read, s.kv_token_bytes * self.kv_copies / d.host_bandwidth / self.tp])
 
     def compiled(self) -> CompiledCost: return CompiledCost(self.coefficients(), NOTHING, NOTHING, NOTHING, 0)
 
@@ -237,7 +253,7 @@ class Roofline:
         "Token slots that fit beside the weights, with a tenth of the memory left for activations."
         free = 0.9 * self.device.memory * self.tp - self.shape.weights * self.shape.weight_bytes
         if free <= 0: raise ValueError(f"{self.shape.name} does not fit on {self.tp} x {self.device.name}; raise tp")
-        return int(free // self.shape.kv_token_bytes)
+        return int(free // (self.shape.kv_token_bytes * self.kv_copies))
 
 # %% ../../nbs/serving/09_cost.ipynb #fb677706
 @dataclass(frozen=True)
@@ -255,7 +271,7 @@ class UnitCost:
 
     def explain(self, plan: Plan, step: int = 0) -> dict[str, float]: return {"pass": self.seconds}
 
-# %% ../../nbs/serving/09_cost.ipynb #967baf20
+# %% ../../nbs/serving/09_cost.ipynb #d55d5ccd
 PER_LAYER = ("attn_pre_proj", "attn_rope", "attn_post_proj", "mlp_up_proj", "mlp_act", "mlp_down_proj", "input_layernorm", "post_attention_layernorm", "add")
 VIDUR_MODELS = {"llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-2-70b": "meta-llama/Llama-2-70b-hf", "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
                 "codellama-34b": "codellama/CodeLlama-34b-Instruct-hf", "internlm-20b": "internlm/internlm-20b", "qwen-72b": "Qwen/Qwen-72B"}
@@ -271,12 +287,15 @@ class Curve:
 
     @classmethod
     def of(cls, size: ArrayLike, seconds: ArrayLike) -> "Curve":
-        "From measurements in any order; several of one size become their median."
+        "From measurements in any order: NaN is left out, several of one size become their median, dips are shared with their neighbours."
+        from scipy.optimize import isotonic_regression
         x, y = np.asarray(size, np.float64), np.asarray(seconds, np.float64)
-        keep = np.isfinite(y)
+        if x.shape != y.shape or x.ndim != 1: raise ValueError(f"size and seconds have shapes {x.shape} and {y.shape}: need two lists of one length")
+        keep = ~np.isnan(y)
         grid = np.unique(x[keep])
-        if not len(grid) or y[keep].min() <= 0: raise ValueError("seconds: need at least one measurement, all above 0")
-        return cls(grid, np.maximum.accumulate([np.median(y[keep & (x == g)]) for g in grid]))
+        if not len(grid) or not (0 < y[keep].min() and y[keep].max() < np.inf): raise ValueError("seconds: need at least one measurement, all finite and above 0")
+        if not (0 < grid[0] and grid[-1] < np.inf): raise ValueError(f"size={grid[0] if grid[0] <= 0 else grid[-1]}: need finite numbers above 0")
+        return cls(grid, np.exp(isotonic_regression(np.log([np.median(y[keep & (x == g)]) for g in grid])).x))
 
     def __call__(self, size: ArrayLike) -> NDArray[np.float64]:
         "Seconds at any size."
@@ -296,11 +315,12 @@ class OperatorTable:
     roofline: Roofline
     operators: dict[str, Curve]       # seconds of one call by query tokens; those of `PER_LAYER` run once a layer, others once a pass
     all_reduce: Curve | None = None   # seconds by bytes, twice a layer where tp > 1
-    max_tokens: int = 32_768          # the compiled table reaches so far, and goes on linearly
+    max_tokens: int = 32_768          # the compiled table reaches at least so far and past every grid, and goes on linearly
 
     def __post_init__(self) -> None:
         if self.roofline.tp > 1 and self.all_reduce is None: raise ValueError(f"all_reduce=None: tp={self.roofline.tp} needs its timings")
         if not self.operators: raise ValueError("operators={}: need at least one")
+        if self.max_tokens < 1: raise ValueError(f"max_tokens={self.max_tokens}: need at least 1")
 
     @classmethod
     def vidur(cls, roofline: Roofline) -> "OperatorTable":
@@ -330,7 +350,9 @@ class OperatorTable:
         return k
 
     def compiled(self) -> CompiledCost:
-        tokens = np.arange(self.max_tokens + 1)
+        ends = [c.size[-1] for c in self.operators.values()]
+        if self.all_reduce is not None and self.roofline.tp > 1: ends.append(self.all_reduce.size[-1] / (2 * self.roofline.shape.hidden))
+        tokens = np.arange(max(self.max_tokens, int(max(ends)) + 1) + 2)                # its last step lies past every grid, where all curves are proportional
         total = np.sum(list(self._token_part(np.maximum(tokens, 1)).values()), axis=0)
         return CompiledCost(self._rest(), total, NOTHING, NOTHING, 0)
 
@@ -363,7 +385,7 @@ def _all_reduce(node: str, tp: int) -> Curve:
     if not rows.any(): raise ValueError(f"no all-reduce timings of {tp} devices on {node or 'this node'}; use tp=1")
     return Curve.of(t["bytes"][rows], 1e-3 * t["median_ms"][rows])
 
-# %% ../../nbs/serving/09_cost.ipynb #e89644dc
+# %% ../../nbs/serving/09_cost.ipynb #fb0b17d2
 FEATURES = ("pass", "max(tokens, t_star)", "tokens", "decode KV", "prefill area", "rows", "swapped")
 T_STARS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
@@ -386,6 +408,10 @@ class Calibrated:
     def __post_init__(self) -> None:
         if len(self.coefficients) != len(FEATURES) or not (np.isfinite(self.coefficients).all() and (np.asarray(self.coefficients) >= 0).all()):
             raise ValueError(f"coefficients={self.coefficients}: need {len(FEATURES)} finite numbers, 0 or more")
+        if not (isinstance(self.t_star, (int, float)) and 0 <= self.t_star < float("inf")): raise ValueError(f"t_star={self.t_star!r}: need a finite number of tokens, 0 or more")
+        ratios = np.asarray(self.residuals, np.float64)
+        if ratios.ndim != 1 or not (np.isfinite(ratios) & (ratios > 0)).all(): raise ValueError("residuals: need a list of finite numbers above 0, measured over fitted")
+        if not (isinstance(self.seed, (int, np.integer)) and 0 <= self.seed < 2**63): raise ValueError(f"seed={self.seed!r}: need a whole number from 0 to 2**63 - 1")
         if self.noise not in ("none", "residual"): raise ValueError(f"noise={self.noise!r}: need 'none' or 'residual'")
         if self.noise == "residual" and not len(self.residuals): raise ValueError("noise='residual': no residuals were kept; fit to a log first")
 
@@ -402,6 +428,7 @@ class Calibrated:
         if len(plans) != len(y) or len(y) < len(FEATURES): raise ValueError(f"{len(plans)} plans and {len(y)} times: need as many of each, at least {len(FEATURES)}")
         bad = np.flatnonzero(~(np.isfinite(y) & (y > 0)))
         if len(bad): raise ValueError(f"seconds[{int(bad[0])}]={y[bad[0]]}: need a finite number above 0")
+        if not len(t_stars): raise ValueError("t_stars=(): need at least one value to try")
         def one(t_star: float) -> tuple[float, float, NDArray[np.float64]]:
             rows = _features(plans, t_star) / y[:, None]
             scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
@@ -431,6 +458,8 @@ class Calibrated:
     ) -> dict[str, dict[str, float]]:  # by kind of pass: passes, median and p90 of the relative error, signed bias
         "How far off the fit is on passes it has not seen."
         y = np.asarray(seconds, np.float64)
+        if len(plans) != len(y) or not len(y): raise ValueError(f"{len(plans)} plans and {len(y)} times: need as many of each, at least 1")
+        if not (np.isfinite(y) & (y > 0)).all(): raise ValueError("seconds: need finite numbers above 0")
         wrong, kinds = (_features(plans, self.t_star) @ self.coefficients - y) / y, np.array([p.kind for p in plans])
         out = {}
         for kind in ("prefill", "decode", "mixed"):
@@ -440,7 +469,7 @@ class Calibrated:
 
     def to_json(self, path: str | Path) -> None:
         "Write the model where `modeltc-lab sim --cost` finds it."
-        value = {**asdict(self), "coefficients": [float(c) for c in self.coefficients], "residuals": [float(r) for r in self.residuals]}
+        value = {**asdict(self), "coefficients": [float(c) for c in self.coefficients], "residuals": [float(r) for r in self.residuals], "seed": int(self.seed)}
         Path(path).write_text(json.dumps({"kind": "calibrated", **value}), encoding="utf-8")
 
     @classmethod
@@ -450,7 +479,7 @@ class Calibrated:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path}: cannot be read as JSON ({e})") from e
         if not isinstance(value, dict) or value.pop("kind", None) != "calibrated": raise ValueError(f"{path}: not a calibrated model; write one with Calibrated.to_json")
         try: return cls(np.array(value.pop("coefficients"), np.float64), residuals=np.array(value.pop("residuals"), np.float64), **value)
-        except (KeyError, TypeError) as e: raise ValueError(f"{path}: not a calibrated model ({e})") from e
+        except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path}: not a calibrated model ({e})") from e
 
 
 def calibration_plans(
@@ -467,7 +496,7 @@ def calibration_plans(
     mixed = [Plan(n + b, 1 + b, 1, n * (n + 1) // 2, n, b, b * 256) for n in sizes[::3] for b in batches[1::2] if b * 256 <= max_kv]
     return prompts + decodes + later + mixed
 
-# %% ../../nbs/serving/09_cost.ipynb #63f3507e
+# %% ../../nbs/serving/09_cost.ipynb #3ca8bf40
 @dataclass(frozen=True, eq=False)
 class Recorded:
     "The seconds of a recorded run, pass by pass, whatever is in the pass."
@@ -476,6 +505,7 @@ class Recorded:
 
     def __post_init__(self) -> None:
         values = np.asarray(self.seconds, np.float64)
+        if values.ndim != 1: raise ValueError(f"seconds has shape {values.shape}: need a list, one number a pass")
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if not len(values) or len(bad): raise ValueError(f"seconds{f'[{int(bad[0])}]={values[bad[0]]}' if len(bad) else '=[]'}: need finite numbers above 0, one a pass")
         object.__setattr__(self, "seconds", values)
@@ -484,7 +514,7 @@ class Recorded:
 
     def iteration(self, plan: Plan, step: int = 0) -> float:
         "Seconds of the recorded pass with this number."
-        if step >= len(self.seconds): raise SimulationError(f"pass {step}: the recording has {len(self.seconds)} passes; record a longer run")
+        if not 0 <= step < len(self.seconds): raise SimulationError(f"pass {step}: the recording has {len(self.seconds)} passes; record a longer run")
         return float(self.seconds[step])
 
     def explain(self, plan: Plan, step: int = 0) -> dict[str, float]: return {"recorded": self.iteration(plan, step)}

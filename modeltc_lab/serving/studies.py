@@ -9,7 +9,7 @@ __all__ = ['MEMORY_POLICIES', 'MEMORY_UNITS', 'RESERVES', 'LOG_BINS', 'PREMISE_T
            'similarity', 'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit', 'decision_case',
            'warmed', 'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned', 'contestants',
            'goodput_case', 'goodput', 'frontier', 'knee', 'pages_and_watermarks', 'cache_sizes', 'prefill_decode',
-           'chunk_budgets', 'frontier_study', 'operator_seconds', 'operator_errors']
+           'chunk_budgets', 'frontier_study', 'operator_weights', 'operator_seconds', 'operator_errors']
 
 # %% ../../nbs/serving/16_studies.ipynb #5ff8482a
 import bisect
@@ -313,7 +313,7 @@ CASES = {
     "Dist-2": Case(_drawn(lambda n, seed: dist(2, n, seed), 500, 900), "llama-2-7b", (16, 17, 18)),
     "sharegpt": Case(_drawn(lambda n, seed: sharegpt(n, seed=seed), 700, 2000), "llama-2-7b", (70, 85, 95), capacity=60_000)}
 
-# %% ../../nbs/serving/16_studies.ipynb #fe7b8e1f
+# %% ../../nbs/serving/16_studies.ipynb #ed32accb
 def sustained_rps(
     w: Workload,                # traffic
     capacity: int,              # KV slots
@@ -382,13 +382,14 @@ def goodput(
 ) -> list[Record]:                     # goodput, its share of the oracle's, and factors over the baselines
     "Goodput of every policy around saturation, on one A100-80G by roofline."
     seeds, out = range(5 if full else 3), []
-    jobs = [(name, load) for name in cases for load in CASES[name].loads if CASES[name].trace is None or Workload.available(CASES[name].trace)]
-    for name, load in tqdm(jobs, desc="goodput", leave=False):
-        runs = [goodput_case(name, load, seed) for seed in seeds]
+    within_reach = lambda trace: trace is None or Workload.available(trace)
+    jobs = [(name, level) for name in cases for level in CASES[name].loads if within_reach(CASES[name].trace)]
+    for name, level in tqdm(jobs, desc="goodput", leave=False):
+        runs = [goodput_case(name, level, seed) for seed in seeds]
         ratio = lambda a, b: [r[a]["goodput_rps"] / max(r[b]["goodput_rps"], 1e-12) for r in runs]
         case = CASES[name]
-        common = dict(implementation="modeltc_lab", x_name="workload, load", x=f"{name}, {int(load)} clients" if load > 3 else f"{name}, {load:.0%}", seed=list(seeds), data=case.trace or f"{name} (generated)",
-                      config={"model": case.model, "device": "a100-80g", "ttft_s": case.sla.ttft_s, "mtpot_s": case.sla.mtpot_s, "load": load, "token_budget": GOODPUT_ENGINE.token_budget, "chunked": True})
+        common: dict[str, Any] = dict(implementation="modeltc_lab", x_name="workload, load", x=f"{name}, {int(level)} clients" if level > 3 else f"{name}, {level:.0%}", seed=list(seeds), data=case.trace or f"{name} (generated)",
+                      config={"model": case.model, "device": "a100-80g", "ttft_s": case.sla.ttft_s, "mtpot_s": case.sla.mtpot_s, "load": level, "token_budget": GOODPUT_ENGINE.token_budget, "chunked": True})
         rows = [(method, "goodput", "requests/s", [r[method]["goodput_rps"] for r in runs]) for method in runs[0]]
         rows += [(method, "share of the oracle", "ratio", ratio(method, "oracle")) for method in runs[0] if method != "oracle"]
         rows += [(method, "evictions", "per 100 requests", [r[method]["evictions_per_100"] for r in runs]) for method in runs[0]]
@@ -520,7 +521,7 @@ def chunk_budgets(
                               config={"rate": 4, "ttft_s": sla.ttft_s, "mtpot_s": sla.mtpot_s, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #22191e71
+# %% ../../nbs/serving/16_studies.ipynb #ab780f94
 SYSTEMS = ("oracle", "past_future", "past_future_adaptive", "vllm", "sarathi", "new_token_ratio", "lightllm", "hf_fifo", "hf_prefill_first", "dynamic", "static")
 
 
@@ -529,7 +530,7 @@ def frontier_study(
 ) -> list[Record]:       # how far each system keeps its promise, and the seconds fifty points take
     "Goodput frontier of every system on chat traffic (tokensim.md 4: seven policies), and its run time."
     seeds, cost, w = range(5 if full else 3), _cost("llama-2-7b"), lambda s: sharegpt(2000, seed=s)
-    common = dict(implementation="modeltc_lab", config={"capacity": cost.kv_capacity, "ttft_s": 10.0, "mtpot_s": 1.5, "model": "llama-2-7b", "device": "a100-80g", "shares": list(SHARES)}, seed=list(seeds), data="sharegpt (generated)")
+    common: dict[str, Any] = dict(implementation="modeltc_lab", config={"capacity": cost.kv_capacity, "ttft_s": 10.0, "mtpot_s": 1.5, "model": "llama-2-7b", "device": "a100-80g", "shares": list(SHARES)}, seed=list(seeds), data="sharegpt (generated)")
     kept: dict[str, list[dict[str, float]]] = {}
     for s in tqdm(seeds, desc="frontiers", leave=False):
         top = sustained_rps(w(s), cost.kv_capacity, cost, EngineConfig(token_budget=2048, chunked=True, page=16))
@@ -547,9 +548,18 @@ def frontier_study(
     points = frontier(w(0), five, cost.kv_capacity, cost, progress=False)
     return [*out, record("serving", "token_sim_frontier", "modeltc_lab", f"{len(points)} points", "s of processor time", [process_time() - start], **{**common, "seed": 0})]
 
-# %% ../../nbs/serving/16_studies.ipynb #2a555ce4
+# %% ../../nbs/serving/16_studies.ipynb #96638924
 MATRICES = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
 SMALL = ("input_layernorm", "attn_rope", "mlp_act", "add")
+
+
+def operator_weights(
+    roofline: Roofline,  # model, device, tp
+) -> dict[str, float]:   # of each of `MATRICES`, on one device
+    "Weights of a layer's matrices."
+    s, tp = roofline.shape, roofline.tp
+    width = s.heads * s.head_dim
+    return {"attn_pre_proj": s.hidden * (width + 2 * max(s.kv_heads, tp) * s.head_dim) / tp, "attn_post_proj": width * s.hidden / tp, "mlp_up_proj": 2 * s.hidden * s.mlp / tp, "mlp_down_proj": s.hidden * s.mlp / tp}
 
 
 def operator_seconds(
@@ -559,11 +569,10 @@ def operator_seconds(
 ) -> NDArray[np.float64]:    # one call
     "What the roofline's assumptions say of a single operator."
     s, d, tp, t = roofline.shape, roofline.device, roofline.tp, np.asarray(tokens, np.float64)
-    width = s.heads * s.head_dim
-    weights = {"attn_pre_proj": s.hidden * (width + 2 * max(s.kv_heads, tp) * s.head_dim), "attn_post_proj": width * s.hidden, "mlp_up_proj": 2 * s.hidden * s.mlp, "mlp_down_proj": s.hidden * s.mlp}
+    width, weights = s.heads * s.head_dim, operator_weights(roofline).get(operator, 0.0)
     moved = {"input_layernorm": 2 * s.hidden, "attn_rope": 2 * (width + s.kv_heads * s.head_dim) / tp, "mlp_act": 3 * s.mlp / tp, "add": 3 * s.hidden}
-    compute = 2 * weights.get(operator, 0) / tp * t / (d.flops * d.compute_efficiency)
-    memory = (weights.get(operator, 0) / tp * s.weight_bytes + moved.get(operator, 0) * t * 2) / (d.bandwidth * d.memory_efficiency)
+    compute = 2 * weights * t / (d.flops * d.compute_efficiency)
+    memory = (weights * s.weight_bytes + moved.get(operator, 0) * t * 2) / (d.bandwidth * d.memory_efficiency)
     return roofline.launch_s + np.maximum(compute, memory)
 
 
@@ -571,33 +580,50 @@ def operator_errors(
     full: bool = False,  # nothing larger: every profile is compared
 ) -> list[Record]:       # signed median and p90 of the relative error by kind of operator and size
     "Roofline and operator table against Vidur's published profiles, where they overlap."
-    t, net, wrong = load("vidur_linear_ops"), load("vidur_network"), {}
+    t, net = load("vidur_linear_ops"), load("vidur_network")
+    wrong: dict[tuple[str, str, str], list[float]] = {}
+    fits: dict[tuple[str, str], list[float]] = {}
     note = lambda method, kind, metric, values: wrong.setdefault((method, kind, metric), []).extend(np.asarray(values).tolist())
+    fit = lambda device, what, values: fits.setdefault((device, what), []).extend(np.asarray(values).tolist())
+    halves = lambda size, took: Curve.of(size[::2], took[::2])(size[1::2]) / took[1::2] - 1
+    left_out = "operator table, half of the grid left out"
     jobs = [(m, d, tp) for m in VIDUR_MODELS for d in VIDUR_NODES for tp in (1, 2, 4, 8) if ((t["gpu"] == VIDUR_NODES[d][0]) & (t["model"] == VIDUR_MODELS[m]) & (t["tp"] == tp)).any()]
     for model, device, tp in tqdm(jobs, desc="profiles", leave=False):
-        rows = (t["gpu"] == VIDUR_NODES[device][0]) & (t["model"] == VIDUR_MODELS[model]) & (t["tp"] == tp)
-        roofline = Roofline(MODELS[model], DEVICES[device], tp)
-        for op in (*MATRICES, *SMALL):
-            size, took = t["num_tokens"][rows], 1e-3 * t[f"{op}_ms"][rows]
-            seen = np.isfinite(took) & (took > 0)
-            size, took = size[seen], took[seen]
-            error, kind = operator_seconds(op, size, roofline) / took - 1, "matrix products" if op in MATRICES else "norms, rope, activations, adds"
-            for label, part in (("up to 128 tokens", size <= 128), ("above", size > 128)): note("roofline", kind, label, error[part])
-            order = np.argsort(size)
-            fitted = Curve.of(size[order][::2], took[order][::2])
-            note("operator table, half of the grid left out", kind, "all sizes", fitted(size[order][1::2]) / took[order][1::2] - 1)
+        rows = np.flatnonzero((t["gpu"] == VIDUR_NODES[device][0]) & (t["model"] == VIDUR_MODELS[model]) & (t["tp"] == tp))
+        size, first = np.unique(t["num_tokens"][rows], return_index=True)                 # a few sizes were profiled twice
+        roofline, few, many = Roofline(MODELS[model], DEVICES[device], tp), size <= 128, size >= 2048
+        layer = np.zeros(len(size))
+        for op in (*MATRICES, *SMALL, "post_attention_layernorm"):
+            took = 1e-3 * t[f"{op}_ms"][rows[first]]
+            layer += took
+            if op == "post_attention_layernorm": continue
+            kind = "matrix products" if op in MATRICES else "norms, rope, activations, adds"
+            seen = took > 0
+            error = operator_seconds(op, size, roofline)[seen] / took[seen] - 1
+            for label, part in (("up to 128 tokens", few[seen]), ("above", ~few[seen])): note("roofline", kind, label, error[part])
+            note(left_out, kind, "all sizes", halves(size[seen], took[seen]))
+            if op in MATRICES:
+                weights = operator_weights(roofline)[op]
+                fit(device, "compute efficiency", 2 * weights * size[many] / took[many] / roofline.device.flops)
+                fit(device, "memory efficiency", weights * 2 / (took[size <= 16] - roofline.launch_s) / roofline.device.bandwidth)
+        k, layers = roofline.coefficients(), roofline.shape.layers
+        error = (np.maximum(k[2] * size, k[3]) / layers + roofline.launch_s * roofline.launches_per_layer) / layer - 1
+        for label, part in (("up to 128 tokens", few), ("above", ~few)): note("roofline", "whole layer without attention", label, error[part])
     for device, (_, node) in VIDUR_NODES.items():
         for tp in (2, 4, 8):
             rows = (net["node"] == node) & (net["op"] == "all_reduce") & (net["num_workers"] == tp) & (net["devices_per_node"] == tp)
             if not rows.any(): continue
             d, size, took = DEVICES[device], net["bytes"][rows], 1e-3 * net["median_ms"][rows]
-            error = (d.link_latency_s + size * 2 * (tp - 1) / tp / d.link_bandwidth) / took - 1
+            moved, large = size * 2 * (tp - 1) / tp, size >= 2**24
+            error = (d.link_latency_s + moved / d.link_bandwidth) / took - 1
             for label, part in (("up to 128 tokens", size <= 2**20), ("above", size > 2**20)): note("roofline", "all-reduce (small: up to a mebibyte)", label, error[part])
-            curve = Curve.of(size[::2], took[::2])
-            note("operator table, half of the grid left out", "all-reduce (small: up to a mebibyte)", "all sizes", curve(size[1::2]) / took[1::2] - 1)
-    out = []
-    for (method, kind, label), values in wrong.items():
-        for metric, value in ((f"{label}: median error", np.median(values)), (f"{label}: p90 of its size", np.percentile(np.abs(values), 90))):
-            out.append(record("serving", "token_sim_operators", method, metric, "%", [100 * float(value)], implementation="modeltc_lab", x_name="kind of operator", x=kind, config={"points": len(values)},
-                              data="vidur_linear_ops", data_hash=data_hash("vidur_linear_ops")))
-    return out
+            note(left_out, "all-reduce (small: up to a mebibyte)", "all sizes", halves(size, took))
+            fit(device, "link efficiency", moved[large] / took[large] / d.link_bandwidth)
+            fit(device, "link latency", took[size <= 2**16])
+    common: dict[str, Any] = dict(implementation="modeltc_lab", data="vidur_linear_ops", data_hash=data_hash("vidur_linear_ops"))
+    out = [record("serving", "token_sim_operators", method, metric, "%", [100 * float(value)], x_name="kind of operator", x=kind, config={"points": len(values)}, **common)
+           for (method, kind, label), values in wrong.items()
+           for metric, value in ((f"{label}: median error", np.median(values)), (f"{label}: p90 of its size", np.percentile(np.abs(values), 90)))]
+    unit = {"link latency": ("us", 1e6)}
+    return out + [record("serving", "token_sim_operators", "what would fit the roofline, median", what, unit.get(what, ("%", 100))[0], [unit.get(what, ("%", 100))[1] * float(np.median(values))],
+                         x_name="device", x=device, config={"points": len(values)}, **common) for (device, what), values in fits.items()]

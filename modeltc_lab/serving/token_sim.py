@@ -224,13 +224,14 @@ class _Worker:
     since: int = 0                                                          # passes since the last admission
     load: int = 0                                                           # tokens of everybody queued or running
 
-# %% ../../nbs/serving/14_token_sim.ipynb #af9d5ad9
+# %% ../../nbs/serving/14_token_sim.ipynb #33c4df66
 class _Loop:
     "The engine loop, to be read. `fast_loop` does the same on arrays."
 
     def __init__(self, w: Workload, policies: Sequence[AdmissionPolicy], capacity: int, cost: CostModel, engine: EngineConfig, fleet: Fleet, track_peak: bool, check: bool):
         self.w, self.cost, self.engine, self.fleet, self.track_peak, self.check = w, cost, engine, fleet, track_peak, check
-        self.requests, self.steps = _request_rows(w), []
+        self.requests = _request_rows(w)
+        self.steps: list[tuple] = []
         memory = lambda: KVMemory(capacity, engine.page, w.block_tokens, engine.cache, engine.host)
         self.workers = [_Worker(i, memory(), policies[i] if i < fleet.workers else None) for i in range(fleet.total)]
         self.live = [_Live(i, int(p), int(o), int(c)) for i, (p, o, c) in enumerate(zip(w.prompt, w.sealed_output, w.cap))]

@@ -7,8 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeltc_lab.serving.cost import DEVICES, MODELS, Calibrated, ModelShape, Plan, Recorded, Roofline, SimulationError, UnitCost
-from modeltc_lab.serving.past_future import AdaptivePastFuture, FuturePeak, HistoryLengths, KnownLengths, Oracle, PastFuture
+from modeltc_lab.serving.cost import (
+    DEVICES,
+    MODELS,
+    Calibrated,
+    ModelShape,
+    Plan,
+    Recorded,
+    Roofline,
+    SimulationError,
+    UnitCost,
+)
+from modeltc_lab.serving.past_future import (
+    AdaptivePastFuture,
+    FuturePeak,
+    HistoryLengths,
+    KnownLengths,
+    Oracle,
+    PastFuture,
+)
 from modeltc_lab.serving.policies import POLICIES, Aggressive, Conservative, EngineConfig, make_policy
 from modeltc_lab.serving.token_sim import SLA, Fleet, simulate
 from modeltc_lab.serving.workload import RequestTooLarge, Workload, sharegpt
