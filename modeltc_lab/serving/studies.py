@@ -548,7 +548,7 @@ def frontier_study(
     points = frontier(w(0), five, cost.kv_capacity, cost, progress=False)
     return [*out, record("serving", "token_sim_frontier", "modeltc_lab", f"{len(points)} points", "s of processor time", [process_time() - start], **{**common, "seed": 0})]
 
-# %% ../../nbs/serving/16_studies.ipynb #96638924
+# %% ../../nbs/serving/16_studies.ipynb #cb380974
 MATRICES = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
 SMALL = ("input_layernorm", "attn_rope", "mlp_act", "add")
 
@@ -621,7 +621,7 @@ def operator_errors(
             fit(device, "link efficiency", moved[large] / took[large] / d.link_bandwidth)
             fit(device, "link latency", took[size <= 2**16])
     common: dict[str, Any] = dict(implementation="modeltc_lab", data="vidur_linear_ops", data_hash=data_hash("vidur_linear_ops"))
-    out = [record("serving", "token_sim_operators", method, metric, "%", [100 * float(value)], x_name="kind of operator", x=kind, config={"points": len(values)}, **common)
+    out = [record("serving", "token_sim_operators", method, metric, "%", [round(100 * float(value), 3) + 0.0], x_name="kind of operator", x=kind, config={"points": len(values)}, **common)
            for (method, kind, label), values in wrong.items()
            for metric, value in ((f"{label}: median error", np.median(values)), (f"{label}: p90 of its size", np.percentile(np.abs(values), 90)))]
     unit = {"link latency": ("us", 1e6)}

@@ -722,7 +722,7 @@ def goodput_frontier_twin() -> viz.Twin:
                     default={"ttft": 8.0, "mtpot": 0.5, "capacity": 20_000, "percentile": "p99"}, title="How much load can a policy carry?",
                     labels={"ttft": "TTFT within (s)", "mtpot": "MTPOT within (s)", "capacity": "capacity (slots)", "percentile": "percentile of the waits"})
 
-# %% ../../nbs/serving/19_views.ipynb #cc69c9ee
+# %% ../../nbs/serving/19_views.ipynb #9a6b59e3
 def similarity_heatmaps(
     matrices: Mapping[str, NDArray[np.float64]],  # trace -> (windows, windows) cosine
 ) -> go.Figure:
@@ -764,8 +764,8 @@ def goodput_shares(
     for method in dict.fromkeys(r.method for r in shares):
         if method == "oracle": continue
         rows, style = [r for r in shares if r.method == method], viz.style(method)
-        fig.add_scatter(x=[r.x for r in rows for _ in r.samples], y=[s for r in rows for s in r.samples], mode="markers", name=style.label,
-                        marker=dict(color=style.color, symbol=style.symbol, size=10, opacity=0.8), hovertemplate="%{x}: %{y:.2f}")
-    fig.add_hline(y=1, line=dict(color="#888888", dash="dash"), annotation_text="oracle")
-    fig.update_yaxes(title_text="goodput / oracle goodput", rangemode="tozero").update_xaxes(title_text="workload, clients")
-    return fig.update_layout(height=460, title="How near each policy comes to knowing the future", scattermode="group")
+        fig.add_scatter(y=[r.x for r in rows for _ in r.samples], x=[s for r in rows for s in r.samples], mode="markers", name=style.label,
+                        marker=dict(color=style.color, symbol=style.symbol, size=9, opacity=0.8), hovertemplate="%{y}: %{x:.3f}")
+    fig.add_vline(x=1, line=dict(color="#888888", dash="dash"), annotation_text="oracle")
+    fig.update_xaxes(title_text="goodput / oracle goodput", rangemode="tozero").update_yaxes(autorange="reversed", automargin=True)
+    return fig.update_layout(height=200 + 26 * len({r.x for r in shares}), title="How near each policy comes to knowing the future", hovermode="closest")
