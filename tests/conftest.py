@@ -1,6 +1,11 @@
 "Shared test settings: one thread, no network, repeatable properties without time limits."
 
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import compiled  # noqa: E402, F401
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")

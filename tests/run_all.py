@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import compiled  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 QUIET = {"OMP_NUM_THREADS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONWARNINGS": "ignore::DeprecationWarning"}

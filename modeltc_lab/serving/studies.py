@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MEMORY_POLICIES', 'MEMORY_UNITS', 'RESERVES', 'LOG_BINS', 'PREMISE_TRACES', 'GOODPUT_ENGINE', 'TUNED', 'CASES',
-           'SHARES', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'SPLITS', 'PROMISES', 'BUDGETS', 'SYSTEMS', 'MATRICES',
-           'SMALL', 'memory_figures', 'memory_behaviour', 'reserve_tradeoff', 'race_results', 'race', 'histograms',
-           'similarity', 'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit', 'decision_case',
-           'warmed', 'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned', 'contestants',
-           'goodput_case', 'goodput', 'frontier', 'knee', 'pages_and_watermarks', 'cache_sizes', 'prefill_decode',
-           'chunk_budgets', 'frontier_study', 'operator_weights', 'operator_seconds', 'operator_errors']
+           'SHARES', 'KEPT', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'SPLITS', 'PROMISES', 'BUDGETS', 'SYSTEMS',
+           'MATRICES', 'SMALL', 'memory_figures', 'memory_behaviour', 'reserve_tradeoff', 'race_results', 'race',
+           'histograms', 'similarity', 'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit',
+           'decision_case', 'warmed', 'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned',
+           'contestants', 'goodput_case', 'goodput', 'frontier', 'median_by_rate', 'saturation_rate', 'knee',
+           'pages_and_watermarks', 'cache_sizes', 'prefill_decode', 'chunk_budgets', 'frontier_study',
+           'operator_weights', 'operator_seconds', 'operator_errors']
 
 # %% ../../nbs/serving/16_studies.ipynb #5ff8482a
 import bisect
@@ -398,7 +399,7 @@ def goodput(
         out += [record("serving", "past_future_goodput", method, metric, unit, samples, **common) for method, metric, unit, samples in rows]
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #95093e54
+# %% ../../nbs/serving/16_studies.ipynb #9c1d251a
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.1, 1.2)
 
 
@@ -432,18 +433,41 @@ def frontier(
     return rows
 
 
+KEPT = 0.9  # attainment that is called carrying the load
+
+
+def median_by_rate(
+    rows: Sequence[Mapping[str, Any]],  # of the frontier
+    policy: str,                        # whose
+    key: str,                           # which number
+) -> tuple[list[float], list[float]]:
+    "Rates in order and the median over seeds."
+    groups: dict[float, list[float]] = {}
+    for r in rows:
+        if r["policy"] == policy: groups.setdefault(float(r["rate"]), []).append(float(r[key]))
+    rates = sorted(groups)
+    return rates, [float(np.median(groups[x])) for x in rates]
+
+
+def saturation_rate(
+    rows: Sequence[Mapping[str, Any]],  # of the frontier
+    policy: str,                        # whose
+    kept: float = KEPT,                 # share of the requests that must be good
+) -> float | None:                      # requests per second; None: not even the lowest
+    "The highest rate up to which a policy keeps its promise to enough of the requests."
+    held = None
+    for rate, share in zip(*median_by_rate(rows, policy, "attainment")):
+        if share < kept - 1e-9: break
+        held = rate
+    return held
+
+
 def knee(
     rows: Sequence[Mapping[str, Any]],  # of `frontier`
-    attainment: float = 0.9,            # share of the requests that must be good
+    attainment: float = KEPT,           # share of the requests that must be good
 ) -> dict[str, float]:                  # by policy; 0 where even the lowest rate breaks it
-    "The highest rate up to which every measured rate keeps the promise to so many requests."
-    out: dict[str, float] = {}
-    for policy in dict.fromkeys(r["policy"] for r in rows):
-        out[policy] = 0.0
-        for r in sorted((r for r in rows if r["policy"] == policy), key=lambda r: r["rate"]):
-            if not r["attainment"] >= attainment: break
-            out[policy] = r["rate"]
-    return out
+    "`saturation_rate` of every policy."
+    return {policy: saturation_rate(rows, policy, attainment) or 0.0 for policy in dict.fromkeys(r["policy"] for r in rows)}
 
 # %% ../../nbs/serving/16_studies.ipynb #cf559710
 PAGES, PAGE_WATERMARKS = (1, 16, 64, 256), (0.85, 0.9, 0.95, 0.99, 1.0)

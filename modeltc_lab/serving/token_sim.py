@@ -224,7 +224,7 @@ class _Worker:
     since: int = 0                                                          # passes since the last admission
     load: int = 0                                                           # tokens of everybody queued or running
 
-# %% ../../nbs/serving/14_token_sim.ipynb #33c4df66
+# %% ../../nbs/serving/14_token_sim.ipynb #af5fdfad
 class _Loop:
     "The engine loop, to be read. `fast_loop` does the same on arrays."
 
@@ -232,10 +232,11 @@ class _Loop:
         self.w, self.cost, self.engine, self.fleet, self.track_peak, self.check = w, cost, engine, fleet, track_peak, check
         self.requests = _request_rows(w)
         self.steps: list[tuple] = []
-        memory = lambda: KVMemory(capacity, engine.page, w.block_tokens, engine.cache, engine.host)
+        cache = 0 if w.block_ids is None else engine.cache                       # nothing to share without block ids
+        memory = lambda: KVMemory(capacity, engine.page, w.block_tokens, cache, engine.host)
         self.workers = [_Worker(i, memory(), policies[i] if i < fleet.workers else None) for i in range(fleet.total)]
         self.live = [_Live(i, int(p), int(o), int(c)) for i, (p, o, c) in enumerate(zip(w.prompt, w.sealed_output, w.cap))]
-        if engine.cache and w.block_ids is not None:
+        if cache and w.block_ids is not None:
             for r, ids in zip(self.live, w.block_ids): r.blocks = ids[:(r.prompt - 1) // w.block_tokens]
         self.sent = self.finished = self.turn = 0
         self.moving: list[tuple[float, int, _Live, _Worker]] = []           # KV on a link: end, request

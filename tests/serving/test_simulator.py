@@ -288,3 +288,10 @@ def test_summary_by_hand():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error) as caught: call()
     assert message in str(caught.value)
+
+
+def test_a_cache_without_blocks_is_no_cache():
+    "A page that could not divide blocks is fine where there are none."
+    w = sharegpt(30, rate=5, seed=2)
+    runs = [simulate(w, Aggressive(), 6000, engine=EngineConfig(page=48, cache=c), impl=impl) for c, impl in ((0, "numba"), (2000, "numba"), (2000, "python"))]
+    assert len({r.requests.tobytes() + r.steps.tobytes() for r in runs}) == 1
