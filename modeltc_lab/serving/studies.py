@@ -12,7 +12,7 @@ __all__ = ['MEMORY_POLICIES', 'MEMORY_UNITS', 'RESERVES', 'LOG_BINS', 'PREMISE_T
            'pages_and_watermarks', 'cache_sizes', 'prefill_decode', 'chunk_budgets', 'frontier_study',
            'operator_weights', 'operator_seconds', 'operator_errors']
 
-# %% ../../nbs/serving/16_studies.ipynb #5ff8482a
+# %% ../../nbs/serving/16_studies.ipynb #14d846e3
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
-from ..core.bench import compare
+from ..core.bench import compare, cpu_time
 from ..core.data import data_hash, load
 from ..core.results import Record, record
-from .cost import DEVICES, MODELS, VIDUR_MODELS, VIDUR_NODES, CostModel, Curve, Roofline, UnitCost
+from .cost import DEVICES, MODELS, VIDUR_MODELS, VIDUR_NODES, CostModel, Curve, Plan, Roofline, UnitCost
 from .past_future import AdaptivePastFuture, FuturePeak, HistoryLengths, Oracle, PastFuture, uniforms
 from .policies import AdmissionPolicy, AdmissionView, Aggressive, Conservative, EngineConfig, HFFifo, NewTokenRatio, make_policy
 from .token_sim import SLA, Fleet, Result, simulate
@@ -179,7 +179,7 @@ def premise(
                               data=data, data_hash=data_hash(data)))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #7111c8c6
+# %% ../../nbs/serving/16_studies.ipynb #abdb7300
 def resort_admit(
     view: AdmissionView,           # running batch and candidates
     lengths: Sequence[int],        # the remembered reply lengths
@@ -255,10 +255,14 @@ def decision_cost(
         first = policy.admit(view)
         timed = compare(lambda: policy.admit(view), lambda: resort_admit(view, lengths, draws, usable),
                         check=lambda: first == resort_admit(view, lengths, draws, usable), repeats=60 if full else 20)
+        adaptive = AdaptivePastFuture(HistoryLengths(init=[int(length) for length in history]))
+        chance = cpu_time(lambda: adaptive.admit(view), repeats=60 if full else 20)
+        a_pass = Roofline(MODELS["llama-2-7b"], DEVICES["a100-80g"]).iteration(Plan(n, n, 0, 0, 0, n, int(view.held.sum()) + n))
         config = {"queued": len(view.queued_ids), "window": 1000, "futures": len(draws)}
-        for method, samples in (("past_future", timed.a), ("per-candidate re-sort", timed.b)):
-            out.append(record("serving", "past_future_cost", method, "decision", "us of thread CPU time", [1e6 * s for s in samples],
-                              implementation="modeltc_lab", x_name="running requests", x=n, config=config, seed=0))
+        for method, samples in (("past_future", timed.a), ("past_future_adaptive", chance), ("per-candidate re-sort", timed.b)):
+            common: dict[str, Any] = dict(implementation="modeltc_lab", x_name="running requests", x=n, config=config, seed=0)
+            out.append(record("serving", "past_future_cost", method, "decision", "us of thread CPU time", [1e6 * s for s in samples], **common))
+            out.append(record("serving", "past_future_cost", method, "share of a decode pass", "% (roofline, Llama-2-7B, A100)", [100 * s / a_pass for s in samples], **common))
         out.append(record("serving", "past_future_cost", "past_future", "speed-up over the re-sort", "x", [timed.ratio, *timed.interval],
                           implementation="modeltc_lab", x_name="running requests", x=n, config=config, seed=0))
     return out
