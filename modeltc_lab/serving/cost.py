@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..core.data import load
 from .workload import Workload
 
-# %% ../../nbs/serving/09_cost.ipynb #1ebfff0d
+# %% ../../nbs/serving/09_cost.ipynb #bd5cb07d
 class SimulationError(RuntimeError):
     "A simulation that cannot go on: a cost that is not a positive number of seconds."
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 class CompiledCost(NamedTuple):
     "A cost model as the compiled loop wants it."
 
-    k: NDArray[np.float64]          # (11,) coefficients of `_seconds`
+    k: NDArray[np.float64]          # (13,) coefficients of `_seconds`
     by_tokens: NDArray[np.float64]  # more seconds by query tokens, 0, 1, 2, ...; or empty
     by_pass: NDArray[np.float64]    # recorded seconds pass by pass, instead of everything else; or empty
     ratios: NDArray[np.float64]     # factors, one drawn for each pass; or empty
@@ -64,7 +64,7 @@ class CostModel(Protocol):
 
     def compiled(self) -> CompiledCost | None: ...
 
-# %% ../../nbs/serving/09_cost.ipynb #6f42109d
+# %% ../../nbs/serving/09_cost.ipynb #b1cdce12
 @njit(cache=True)
 def _scramble(seed, step):
     "64 well mixed bits of a seed and the number of a pass (splitmix64)."
@@ -81,6 +81,7 @@ def _seconds(cost, step, tokens, rows, prefill_area, prefill_kv, decode_kv, swap
     k, table = cost.k, cost.by_tokens
     t = k[0] + k[1] * tokens + max(k[2] * tokens, k[3]) + max(k[4] * rows, k[5]) + k[10] * swapped
     t += max(k[6] * prefill_area, k[7] * prefill_kv) + max(k[8] * decode_kv, k[9] * decode_kv)
+    t += (k[11] + k[12] * tokens) * (prefill_kv + decode_kv)
     if len(table):
         last = len(table) - 1
         t += table[tokens] if tokens <= last else table[last] + (tokens - last) * (table[last] - table[last - 1])
@@ -198,7 +199,7 @@ DEVICES = {d.name: d for d in (
     Device("a100-80g", 312e12, 2.039e12, 80e9, 300e9),
     Device("h100-sxm", 989e12, 3.35e12, 80e9, 450e9, host_bandwidth=50e9))}
 
-# %% ../../nbs/serving/09_cost.ipynb #766f7ca8
+# %% ../../nbs/serving/09_cost.ipynb #3671bb18
 @dataclass(frozen=True)
 class Roofline:
     "Analytic cost of a forward pass on a device (tensor parallel over `tp` of them)."
@@ -222,7 +223,7 @@ class Roofline:
         return max(1.0, self.tp / self.shape.kv_heads)
 
     def coefficients(self) -> NDArray[np.float64]:
-        "The eleven numbers `_seconds` needs."
+        "The thirteen numbers `_seconds` needs."
         s, d = self.shape, self.device
         flop, byte = 1 / (d.flops * d.compute_efficiency * self.tp), 1 / (d.bandwidth * d.memory_efficiency * self.tp)
         linear, head = s.layers * s.layer_weights, s.hidden * s.vocab
@@ -233,7 +234,7 @@ class Roofline:
         score = 4 * s.layers * s.heads * s.head_dim * flop
         read = s.kv_token_bytes * self.kv_copies * byte
         return np.array([fixed, per_token, 2 * linear * flop, linear * s.weight_bytes * byte, 2 * head * flop, head * s.weight_bytes * byte,
-                         score, read, score, read, s.kv_token_bytes * self.kv_copies / d.host_bandwidth / self.tp])
+                         score, read, score, read, s.kv_token_bytes * self.kv_copies / d.host_bandwidth / self.tp, 0.0, 0.0])
 
     def compiled(self) -> CompiledCost: return CompiledCost(self.coefficients(), NOTHING, NOTHING, NOTHING, 0)
 
@@ -255,7 +256,7 @@ class Roofline:
         if free <= 0: raise ValueError(f"{self.shape.name} does not fit on {self.tp} x {self.device.name}; raise tp")
         return int(free // (self.shape.kv_token_bytes * self.kv_copies))
 
-# %% ../../nbs/serving/09_cost.ipynb #fb677706
+# %% ../../nbs/serving/09_cost.ipynb #e6daba7a
 @dataclass(frozen=True)
 class UnitCost:
     "Every pass takes the same time: for studies of memory, and for queues with a closed form."
@@ -265,7 +266,7 @@ class UnitCost:
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"): raise ValueError(f"seconds={self.seconds}: need a finite number above 0")
 
-    def compiled(self) -> CompiledCost: return CompiledCost(np.array([self.seconds] + [0.0] * 10), NOTHING, NOTHING, NOTHING, 0)
+    def compiled(self) -> CompiledCost: return CompiledCost(np.array([self.seconds] + [0.0] * 12), NOTHING, NOTHING, NOTHING, 0)
 
     def iteration(self, plan: Plan, step: int = 0) -> float: return self.seconds
 
@@ -385,25 +386,27 @@ def _all_reduce(node: str, tp: int) -> Curve:
     if not rows.any(): raise ValueError(f"no all-reduce timings of {tp} devices on {node or 'this node'}; use tp=1")
     return Curve.of(t["bytes"][rows], 1e-3 * t["median_ms"][rows])
 
-# %% ../../nbs/serving/09_cost.ipynb #fb0b17d2
-FEATURES = ("pass", "max(tokens, t_star)", "tokens", "decode KV", "prefill area", "rows", "swapped")
+# %% ../../nbs/serving/09_cost.ipynb #edc93e18
+FEATURES = ("pass", "max(tokens, t_star)", "tokens", "decode KV", "prefill area", "rows", "swapped", "all KV", "tokens x all KV")
 T_STARS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 
 def _features(plans: Sequence[Plan], t_star: float) -> NDArray[np.float64]:
-    "(passes, 7) the columns of `FEATURES`."
-    return np.array([(1.0, max(p.tokens, t_star), p.tokens, p.decode_kv, p.prefill_area, p.rows, p.swapped) for p in plans], np.float64)
+    "(passes, 9) the columns of `FEATURES`."
+    return np.array([(1.0, max(p.tokens, t_star), p.tokens, p.decode_kv, p.prefill_area, p.rows, p.swapped, p.prefill_kv + p.decode_kv,
+                      p.tokens * (p.prefill_kv + p.decode_kv)) for p in plans], np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
     "A pass as a non-negative combination of what it does, fitted to a log."
 
-    coefficients: NDArray[np.float64]   # (7,) seconds by feature, in the order of `FEATURES`
+    coefficients: NDArray[np.float64]   # (9,) seconds by feature, in the order of `FEATURES`
     t_star: float                       # tokens up to which the weights' reading hides the arithmetic
     residuals: NDArray[np.float64] = field(default_factory=lambda: NOTHING)  # (passes,) measured over fitted
     noise: Literal["none", "residual"] = "none"   # multiply each pass by a residual drawn again?
     seed: int = 0                       # of these draws
+    provenance: dict[str, Any] = field(default_factory=dict)  # where the log came from: engine, model, machine, versions, clock
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != len(FEATURES) or not (np.isfinite(self.coefficients).all() and (np.asarray(self.coefficients) >= 0).all()):
@@ -421,6 +424,7 @@ class Calibrated:
         plans: Sequence[Plan],               # what each pass did
         seconds: ArrayLike,                  # (passes,) how long it took
         t_stars: Sequence[float] = T_STARS,  # values of T* to try
+        provenance: dict[str, Any] | None = None,  # kept with the model
     ) -> "Calibrated":
         "The non-negative fit with the smallest relative squared error."
         from scipy.optimize import nnls
@@ -435,11 +439,11 @@ class Calibrated:
             found, error = nnls(rows / scale, np.ones(len(y)))
             return float(error), t_star, found / scale
         _, t_star, found = min((one(t) for t in t_stars), key=lambda r: r[:2])
-        return cls(found, float(t_star), y / (_features(plans, t_star) @ found))
+        return cls(found, float(t_star), y / (_features(plans, t_star) @ found), provenance=provenance or {})
 
     def compiled(self) -> CompiledCost:
         c = self.coefficients
-        k = np.array([c[0], c[2], c[1], c[1] * self.t_star, c[5], 0.0, c[4], 0.0, c[3], 0.0, c[6]])
+        k = np.array([c[0], c[2], c[1], c[1] * self.t_star, c[5], 0.0, c[4], 0.0, c[3], 0.0, c[6], c[7], c[8]])
         return CompiledCost(k, NOTHING, NOTHING, np.asarray(self.residuals, np.float64) if self.noise == "residual" else NOTHING, self.seed)
 
     def iteration(self, plan: Plan, step: int = 0) -> float:
@@ -496,7 +500,7 @@ def calibration_plans(
     mixed = [Plan(n + b, 1 + b, 1, n * (n + 1) // 2, n, b, b * 256) for n in sizes[::3] for b in batches[1::2] if b * 256 <= max_kv]
     return prompts + decodes + later + mixed
 
-# %% ../../nbs/serving/09_cost.ipynb #3ca8bf40
+# %% ../../nbs/serving/09_cost.ipynb #7dd2aed3
 @dataclass(frozen=True, eq=False)
 class Recorded:
     "The seconds of a recorded run, pass by pass, whatever is in the pass."
@@ -510,7 +514,7 @@ class Recorded:
         if not len(values) or len(bad): raise ValueError(f"seconds{f'[{int(bad[0])}]={values[bad[0]]}' if len(bad) else '=[]'}: need finite numbers above 0, one a pass")
         object.__setattr__(self, "seconds", values)
 
-    def compiled(self) -> CompiledCost: return CompiledCost(np.zeros(11), NOTHING, self.seconds, NOTHING, 0)
+    def compiled(self) -> CompiledCost: return CompiledCost(np.zeros(13), NOTHING, self.seconds, NOTHING, 0)
 
     def iteration(self, plan: Plan, step: int = 0) -> float:
         "Seconds of the recorded pass with this number."

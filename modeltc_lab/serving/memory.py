@@ -22,13 +22,14 @@ def pages_for(
     "Pages that hold so many tokens."
     return -(-tokens // page)
 
-# %% ../../nbs/serving/11_memory.ipynb #34c47952
+# %% ../../nbs/serving/11_memory.ipynb #98a430f4
 @dataclass
 class Held:
     "What one request holds."
 
     tokens: int = 0                                    # KV slots written, shared ones included
     blocks: list[int] = field(default_factory=list)    # shared blocks it reads, in order of the prompt
+    spare: int = 0                                     # pages it took ahead and has not written to
 
     def private(self, block_tokens: int) -> int:
         "Slots that are its own."
@@ -45,12 +46,13 @@ class KVMemory:
         block_tokens: int = 512,  # tokens of a shared block, a multiple of the page
         cache: int = 0,           # slots that unread blocks may fill; 0: no prefix cache
         host: int = 0,            # slots on the host, for swapping
+        ahead: int = 0,           # tokens of room taken beyond the need whenever a page has to be taken
     ):
         if page < 1: raise ValueError(f"page={page}: need at least 1 slot")
         if capacity < page: raise ValueError(f"capacity={capacity}: need at least 1 page of {page} slots")
         if block_tokens < 1 or block_tokens % page and cache: raise ValueError(f"page={page}: need a divisor of block_tokens={block_tokens} for a prefix cache")
-        if cache < 0 or host < 0: raise ValueError(f"cache={cache}, host={host}: need 0 slots or more")
-        self.page, self.pages, self.block_tokens, self.host = page, capacity // page, block_tokens, host
+        if min(cache, host, ahead) < 0: raise ValueError(f"cache={cache}, host={host}, ahead={ahead}: need 0 slots or more")
+        self.page, self.pages, self.block_tokens, self.host, self.ahead = page, capacity // page, block_tokens, host, ahead
         self.block_pages = pages_for(block_tokens, page)
         self.cache_pages = min(cache // page, self.pages)
         self.held: dict[int, Held] = {}
@@ -89,6 +91,14 @@ class KVMemory:
         "Slots left on the host."
         return self.host - sum(self.swapped.values())
 
+    def pages_of(
+        self,
+        request: int,  # id
+    ) -> int:          # pages, shared ones included
+        "Pages a request holds."
+        has = self.held.get(request, Held())
+        return len(has.blocks) * self.block_pages + pages_for(has.private(self.block_tokens), self.page) + has.spare
+
     def match(
         self,
         blocks: Sequence[int],  # ids of the prompt's blocks, in order
@@ -106,7 +116,8 @@ class KVMemory:
         "Pages a request needs to hold so many tokens."
         has = self.held.get(request, Held())
         shared = len(has.blocks) * self.block_tokens
-        return pages_for(tokens - shared, self.page) - pages_for(has.tokens - shared, self.page)
+        now = pages_for(has.tokens - shared, self.page) + has.spare
+        return pages_for(tokens - shared + self.ahead, self.page) - now if tokens - shared > now * self.page else 0
 
     def pin(
         self,
@@ -132,7 +143,9 @@ class KVMemory:
         if lacks > self.available: raise OutOfMemory(f"request {request} asks for {lacks} pages, {self.available} of {self.pages} can be had")
         while lacks > self.free: self.unread.popitem(last=False)
         self.private_pages += lacks
-        self.held.setdefault(request, Held()).tokens = tokens
+        has = self.held.setdefault(request, Held())
+        has.spare += lacks - pages_for(has.private(self.block_tokens) + tokens - now, self.page) + pages_for(has.private(self.block_tokens), self.page)
+        has.tokens = tokens
 
     def publish(
         self,
@@ -157,7 +170,7 @@ class KVMemory:
         if request not in self.held: raise KeyError(f"request {request} holds no slots")
         has = self.held.pop(request)
         private = has.private(self.block_tokens)
-        self.private_pages -= pages_for(private, self.page)
+        self.private_pages -= pages_for(private, self.page) + has.spare
         for b in reversed(has.blocks):
             self.readers[b] -= 1
             if not self.readers[b]:
@@ -188,7 +201,7 @@ class KVMemory:
 
     def check(self) -> None:
         "Recount everything from the requests; `AssertionError` when a page was lost or handed out twice."
-        private = sum(pages_for(h.private(self.block_tokens), self.page) for h in self.held.values())
+        private = sum(pages_for(h.private(self.block_tokens), self.page) + h.spare for h in self.held.values())
         readers: dict[int, int] = {}
         for h in self.held.values():
             for b in h.blocks: readers[b] = readers.get(b, 0) + 1

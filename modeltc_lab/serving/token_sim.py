@@ -78,7 +78,7 @@ def percentiles(
         out[f"p{p}"] = float(a + (b - a) * part if part and np.isfinite(b) else (b if part else a))
     return out
 
-# %% ../../nbs/serving/14_token_sim.ipynb #eaa87d6a
+# %% ../../nbs/serving/14_token_sim.ipynb #d5c5425f
 @dataclass(frozen=True, eq=False)
 class Result:
     "What happened to every request, and in every pass."
@@ -92,6 +92,7 @@ class Result:
     impl: str                # "numba" or "python"
     workers: int = 1
     config: dict[str, Any] = field(default_factory=dict)
+    batches: list[IntArray] | None = None  # for each pass (n, 3): request, tokens it read, pages it held; by request; where recorded
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:
@@ -184,7 +185,7 @@ class Fleet:
         d = cost.device
         return cls(workers, prefill_workers, router, cost.shape.kv_token_bytes / d.link_bandwidth, d.link_latency_s)
 
-# %% ../../nbs/serving/14_token_sim.ipynb #4eb84827
+# %% ../../nbs/serving/14_token_sim.ipynb #96ae8866
 @dataclass(eq=False)
 class _Live:
     "One request while the readable loop runs."
@@ -222,18 +223,20 @@ class _Worker:
     started_s: float = -1.0                                                 # start of the last pass
     ended_s: float = -1.0                                                   # its end
     since: int = 0                                                          # passes since the last admission
+    blocked: bool = False                                                   # nobody joins until somebody has finished (allocate="request")
     load: int = 0                                                           # tokens of everybody queued or running
 
-# %% ../../nbs/serving/14_token_sim.ipynb #af5fdfad
+# %% ../../nbs/serving/14_token_sim.ipynb #3b675032
 class _Loop:
     "The engine loop, to be read. `fast_loop` does the same on arrays."
 
-    def __init__(self, w: Workload, policies: Sequence[AdmissionPolicy], capacity: int, cost: CostModel, engine: EngineConfig, fleet: Fleet, track_peak: bool, check: bool):
-        self.w, self.cost, self.engine, self.fleet, self.track_peak, self.check = w, cost, engine, fleet, track_peak, check
+    def __init__(self, w: Workload, policies: Sequence[AdmissionPolicy], capacity: int, cost: CostModel, engine: EngineConfig, fleet: Fleet, track_peak: bool, check: bool, record: bool):
+        self.w, self.cost, self.engine, self.fleet, self.track_peak, self.check, self.record = w, cost, engine, fleet, track_peak, check, record
         self.requests = _request_rows(w)
         self.steps: list[tuple] = []
+        self.batches: list[IntArray] = []
         cache = 0 if w.block_ids is None else engine.cache                       # nothing to share without block ids
-        memory = lambda: KVMemory(capacity, engine.page, w.block_tokens, cache, engine.host)
+        memory = lambda: KVMemory(capacity, engine.page, w.block_tokens, cache, engine.host, engine.ahead)
         self.workers = [_Worker(i, memory(), policies[i] if i < fleet.workers else None) for i in range(fleet.total)]
         self.live = [_Live(i, int(p), int(o), int(c)) for i, (p, o, c) in enumerate(zip(w.prompt, w.sealed_output, w.cap))]
         if cache and w.block_ids is not None:
@@ -324,12 +327,20 @@ class _Loop:
         if e.join == "static": return not w.running and (len(w.queue) >= e.min_batch or clock >= w.queue[0].queued_s + e.max_delay_s)
         return not w.running or w.since >= e.admit_every
 
+    def _below_margin(self, w: _Worker) -> bool:
+        "Would too few pages be free once every prompt under way is read?"
+        m = w.memory
+        able = [r for r in w.running if not r.done]
+        leaving = sum(pages_for(m.held[r.id].private(self.w.block_tokens), m.page) for r in w.running if r.done)
+        planned = sum(pages_for(r.size - 1 - len(m.held[r.id].blocks) * self.w.block_tokens, m.page) for r in able)
+        return m.pages - m.pinned - leaving - planned < self.engine.margin * m.pages
+
     def _join(self, w: _Worker, clock: float) -> list[_Live]:
         "Ask the policy, and let those it names join."
         if not w.queue or not self._due(w, clock): return []
         w.since = 0
         candidates = self._candidates(w, clock)
-        if not candidates: return []
+        if not candidates or (w.running and self._below_margin(w)): return []
         k = len(candidates) if w.policy is None else w.policy.admit(_view(w, candidates, self.w.block_tokens))
         joined = candidates[:k if w.running else max(k, 1)]                 # an idle engine takes at least one
         for r in joined:
@@ -369,27 +380,94 @@ class _Loop:
             copied += self._evict(w, joined)
             evicted += 1
             first += int(self.requests["evictions"][w.queue[0].id] == 1)
-        if evicted and w.policy is not None:
-            stay = [r for r in w.running if not r.done]
-            w.policy.on_evict(first, np.array([r.generated for r in stay], np.int64), np.array([r.cap for r in stay], np.int64))
+        if evicted: self._evicted(w, first)
         return shares, evicted, copied
 
-    def _start(self, w: _Worker, clock: float) -> None:
-        "Plan and begin a pass; does nothing when there is nothing to do."
+    def _whole_pass(self, w: _Worker, clock: float) -> tuple[list[_Live], list[int], int, int]:
+        "Make room for all the pass needs, then hand it out; returns who joined, the shares, evictions, slots copied."
         joined = self._join(w, clock)
-        if not w.running and not joined: return
+        if not w.running and not joined: return [], [], 0, 0
         shares, evicted, copied = self._make_room(w, joined)
         w.running += joined
-        w.work = list(zip(w.running, shares))
-        reading = [(r, q) for r, q in w.work if q]
         for r in joined:
             if r.id in w.memory.swapped: copied += w.memory.swap_in(r.id, r.kv)
             else: w.memory.grow(r.id, r.kv)
             if not r.resting: self.requests["cached"][r.id] += r.kv
             r.resting = 0
-        for r, q in reading:
-            if not r.done: w.memory.grow(r.id, r.kv + q)
+        for r, q in zip(w.running, shares):
+            if q and not r.done: w.memory.grow(r.id, r.kv + q)
+        return joined, shares, evicted, copied
+
+    def _one_by_one(self, w: _Worker, clock: float) -> tuple[list[_Live], list[int], int, int]:
+        "Hand out pages request by request, as transformers does; returns the same."
+        evicted, joined, shares = 0, [], {}
+        while not shares and (w.queue or w.running):
+            waiting = [] if w.blocked else list(w.queue)
+            if waiting and w.policy is not None:
+                k = w.policy.admit(_view(w, waiting, self.w.block_tokens))
+                waiting = waiting[:k if w.running else max(k, 1)]
+            shares, starved = self._turns(w, waiting)
+            joined = [r for r in waiting if r.id in shares]
+            for r in joined:
+                w.queue.remove(r)
+                r.prefilling = True
+            w.running += joined
+            sent = self._send_back(w, starved)
+            evicted += sent
+            if not shares and not sent: raise SimulationError(f"pass {len(self.steps)}: no request can get a page and none can be sent back; raise the capacity")
+        return joined, [shares.get(r.id, 0) for r in w.running], evicted, 0
+
+    def _turns(self, w: _Worker, waiting: list[_Live]) -> tuple[dict[int, int], list[tuple[_Live, int]]]:
+        "Everybody takes what it needs while it lasts: decodes, prompts under way, the queue. Returns tokens by request, and who of the batch found no page."
+        e, m, shares, starved = self.engine, w.memory, {}, []
+        left, readable, roomy = e.token_budget, m.pages * m.page, m.available / m.pages >= e.margin
+        decodes, prompts = [r for r in w.running if not r.prefilling], [r for r in w.running if r.prefilling]
+        turns = [*prompts, *decodes] if e.prefill_first else [*decodes, *prompts]
+        for i, r in enumerate(turns + waiting):
+            new = i >= len(turns)
+            if e.margin_each: roomy = m.available / m.pages >= e.margin
+            if not roomy and shares and (new or r.prefilling): break
+            if r.kv > readable: continue
+            q = min(r.size - r.kv if new or r.prefilling else 1, left)
+            if m.growth(r.id, r.kv + q) > m.available:
+                if not new: starved.append((r, q))
+                continue
+            m.grow(r.id, r.kv + q)
+            shares[r.id] = q
+            left, readable = left - q, readable - r.kv
+            if not left or readable <= 0 or len(shares) == e.max_batch: break
+        return shares, starved
+
+    def _send_back(self, w: _Worker, starved: list[tuple[_Live, int]]) -> int:
+        "The newest who found no page go behind the queue, until the others would find theirs."
+        m, victims = w.memory, []
+        while starved and len(w.running) - len(victims) > 1:
+            if sum(m.growth(r.id, r.kv + q) for r, q in starved) <= m.available: break
+            victims.append(starved.pop()[0])
+            self.requests["recomputed"][victims[-1].id] += m.release(victims[-1].id)
+        for r in reversed(victims):
+            w.running.remove(r)
+            r.prefilling, r.kv = False, 0
+            self.requests["evictions"][r.id] += 1
+            w.queue.append(r)
+        if victims: self._evicted(w, sum(int(self.requests["evictions"][r.id] == 1) for r in victims))
+        w.blocked = w.blocked or bool(victims)
+        return len(victims)
+
+    def _evicted(self, w: _Worker, first: int) -> None:
+        "Tell the policy."
+        if w.policy is None: return
+        stay = [r for r in w.running if not r.done]
+        w.policy.on_evict(first, np.array([r.generated for r in stay], np.int64), np.array([r.cap for r in stay], np.int64))
+
+    def _start(self, w: _Worker, clock: float) -> None:
+        "Plan and begin a pass; does nothing when there is nothing to do."
+        joined, shares, evicted, copied = (self._one_by_one if self.engine.allocate == "request" else self._whole_pass)(w, clock)
+        if not w.running: return
+        w.work = list(zip(w.running, shares))
+        reading = [(r, q) for r, q in w.work if q]
         if self.check: w.memory.check()
+        if self.record: self.batches.append(np.array(sorted((r.id, q, w.memory.pages_of(r.id)) for r, q in reading), np.int64).reshape(-1, 3))
         chunks = [(q, r.kv + q) for r, q in reading if r.prefilling]
         decodes = [r for r, _ in reading if not r.prefilling]
         plan = Plan(sum(q for q, _ in chunks) + len(decodes), sum(r.kv + q == r.size for r, q in reading), len(chunks),
@@ -423,6 +501,7 @@ class _Loop:
                 self.requests["finish_s"][r.id] = clock
                 self.finished += 1
                 w.load -= r.size
+                w.blocked = False
                 if self.engine.lookahead: r.done = True
                 else: self._retire(w, stay.pop())
                 if self.w.clients and self.sent < len(self.w): self._send(clock)
@@ -520,7 +599,7 @@ def _unfinished(rows: NDArray[Any], columns: dict[str, NDArray[Any]], generated:
     columns["max_gap_s"][left] = np.maximum(columns["max_gap_s"][left], until_s - last_token_s[left])
     for f, values in columns.items(): rows[f] = values
 
-# %% ../../nbs/serving/14_token_sim.ipynb #5af81a46
+# %% ../../nbs/serving/14_token_sim.ipynb #4cdcd3f2
 def simulate(
     workload: Workload,           # the traffic
     policy: AdmissionPolicy,      # who is admitted, reset first
@@ -534,10 +613,11 @@ def simulate(
     fast_forward: bool = False,   # advance quiet decode passes together (compiled; one worker, a cost that is affine in KV); times agree to rounding
     track_peak: bool = False,     # record the true future peak of the batch at every pass?
     check: bool = False,          # recount the memory after every pass (readable loop)
+    record: bool = False,         # keep who read what in each pass (readable loop)
 ) -> Result:                      # every request, every pass
     "Serve a workload under a policy and a memory budget, pass by pass."
     engine = engine or policy.engine or EngineConfig()
-    _checked(workload, capacity, engine, impl, until_s, check)
+    _checked(workload, capacity, engine, fleet, impl, until_s, check or record)
     slots = capacity // engine.page * engine.page
     w = replace(workload, cap=np.minimum(workload.cap, slots - workload.prompt + 1))
     cost = Roofline(MODELS["llama-2-7b"], DEVICES["a100-80g"]) if cost is None else cost
@@ -551,21 +631,23 @@ def simulate(
         raise ValueError(f"impl='numba': {missing} has no compiled form; use impl='python' or 'auto'")
     if fast_forward and (impl == "python" or specs[0] is None or compiled_cost is None or fleet.total > 1 or len(compiled_cost.by_pass) or len(compiled_cost.ratios)):
         raise ValueError("fast_forward=True: needs the compiled loop, one worker, and a cost without noise or a recording")
-    start = perf_counter()
-    if impl == "python" or check or specs[0] is None or compiled_cost is None:
-        used, (requests, steps) = "python", _Loop(w, policies, slots, cost, engine, fleet, track_peak, check).run(until_s)
+    start, batches = perf_counter(), None
+    if impl == "python" or check or record or specs[0] is None or compiled_cost is None:
+        loop = _Loop(w, policies, slots, cost, engine, fleet, track_peak, check, record)
+        used, (requests, steps), batches = "python", loop.run(until_s), loop.batches if record else None
     else:
         used, (requests, steps) = "numba", _numba(w, specs, slots, compiled_cost, engine, fleet, until_s, track_peak, fast_forward)
     config = {"capacity": capacity, **policy.describe(), "cost": type(cost).__name__, **asdict(engine), **asdict(fleet), "clients": workload.clients}
-    return Result(policy.name, workload.name, capacity, requests, steps, perf_counter() - start, used, fleet.total, config)
+    return Result(policy.name, workload.name, capacity, requests, steps, perf_counter() - start, used, fleet.total, config, batches)
 
 
-def _checked(w: Workload, capacity: int, engine: EngineConfig, impl: str, until_s: float, check: bool) -> None:
+def _checked(w: Workload, capacity: int, engine: EngineConfig, fleet: Fleet, impl: str, until_s: float, check: bool) -> None:
     "Refuse what cannot be simulated."
     if capacity < engine.page: raise ValueError(f"capacity={capacity}: need at least 1 page of {engine.page} token slots")
     if impl not in ("auto", "numba", "python"): raise ValueError(f"impl={impl!r}: need 'auto', 'numba' or 'python'")
-    if check and impl == "numba": raise ValueError("check=True: the compiled loop does not recount; use impl='python' or 'auto'")
+    if check and impl == "numba": raise ValueError("check=True, record=True: the compiled loop does neither; use impl='python' or 'auto'")
     if not until_s > 0: raise ValueError(f"until_s={until_s}: need a number of seconds above 0")
+    if engine.allocate == "request" and fleet.prefill_workers: raise ValueError(f"prefill_workers={fleet.prefill_workers}: allocate='request' has no counterpart for KV that comes over a link; use allocate='pass'")
     if engine.cache and w.block_ids is not None and w.block_tokens % engine.page:
         raise ValueError(f"page={engine.page}: need a divisor of the trace's block_tokens={w.block_tokens} for a prefix cache")
     slots = capacity // engine.page * engine.page
@@ -590,16 +672,16 @@ def _numba(w: Workload, specs: Sequence[Any], capacity: int, cost: Any, engine: 
     e, n, total = engine, len(w), fleet.total
     first_block, blocks, known = _blocks(w, e)
     setup = Setup(capacity // e.page, e.page, e.token_budget, e.max_batch, e.chunked, e.mixed, e.prefill_first, e.join == "static", e.min_batch, e.max_delay_s, e.admit_every,
-                  e.overcommit, e.reserve_prompt, e.evict == "swap", e.victim == "fewest", min(e.cache // e.page, capacity // e.page), e.host, e.lookahead, e.schedule_s,
+                  e.overcommit, e.reserve_prompt, e.allocate == "request", e.margin, e.margin_each, e.ahead, e.evict == "swap", e.victim == "fewest", min(e.cache // e.page, capacity // e.page), e.host, e.lookahead, e.schedule_s,
                   w.block_tokens, pages_for(w.block_tokens, e.page), fleet.workers, fleet.prefill_workers, ROUTERS.index(fleet.router), fleet.link_s_per_token,
                   fleet.link_latency_s, w.clients or 0, track_peak, fast_forward)
     rows = _request_rows(w)
-    whole, times = np.zeros((16, n), np.int64), np.zeros((6, n))
+    whole, times = np.zeros((17, n), np.int64), np.zeros((6, n))
     whole[PROMPT], whole[OUTPUT], whole[CAP] = w.prompt, w.sealed_output, w.cap
     times[ARRIVAL_S], times[FIRST_TOKEN_S], times[FINISH_S] = rows["arrival_s"], rows["first_token_s"], rows["finish_s"]
     ring = np.full((total, known + 1), -1, np.int64)
     ring[:, known] = known
-    counts, clocks = np.zeros((9, total), np.int64), np.full((4, total), -1.0)
+    counts, clocks = np.zeros((10, total), np.int64), np.full((4, total), -1.0)
     counts[FREE], clocks[LINK_FREE_S] = setup.pages, 0.0
     rectangle = lambda columns: np.zeros((total, columns), np.int64)
     workers = Workers(counts, clocks, rectangle(n), rectangle(n), rectangle(n + 1), rectangle(known), ring, ring.copy(), np.full(n, np.inf))

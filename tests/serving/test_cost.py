@@ -29,7 +29,7 @@ from modeltc_lab.serving.cost import (
 from modeltc_lab.serving.workload import Workload
 
 A100, SMALL = DEVICES["a100-80g"], ModelShape("small", 2, 64, 4, 2, 16, 128, 500)
-TRUTH = np.array([2e-3, 4e-6, 1e-6, 3e-9, 5e-11, 2e-6, 1e-7])
+TRUTH = np.array([2e-3, 4e-6, 1e-6, 3e-9, 5e-11, 2e-6, 1e-7, 1e-9, 2e-11])
 PROFILES = pytest.mark.skipif(not Workload.available("vidur_linear_ops"), reason="needs the data set vidur_linear_ops")
 
 
@@ -69,10 +69,10 @@ def test_parts_add_up_and_nothing_is_free(name, plan, step):
 @given(plans)
 @settings(max_examples=100, deadline=None)
 def test_compiled_against_the_formula(plan):
-    "The eleven coefficients mean what their order says."
-    k = np.arange(1, 12) * np.array([1e-3, 1e-6, 1e-6, 1e-4, 1e-6, 1e-5, 1e-10, 1e-8, 1e-9, 3e-9, 1e-7])
+    "The thirteen coefficients mean what their order says."
+    k = np.arange(1, 14) * np.array([1e-3, 1e-6, 1e-6, 1e-4, 1e-6, 1e-5, 1e-10, 1e-8, 1e-9, 3e-9, 1e-7, 2e-9, 1e-11])
     t = k[0] + k[1] * plan.tokens + max(k[2] * plan.tokens, k[3]) + max(k[4] * plan.rows, k[5]) + max(k[6] * plan.prefill_area, k[7] * plan.prefill_kv)
-    t += max(k[8], k[9]) * plan.decode_kv + k[10] * plan.swapped
+    t += max(k[8], k[9]) * plan.decode_kv + k[10] * plan.swapped + (k[11] + k[12] * plan.tokens) * (plan.prefill_kv + plan.decode_kv)
     none = np.zeros(0)
     assert cost._of_plan(cost.CompiledCost(k, none, none, none, 0), plan, 3) == pytest.approx(t, rel=1e-12)
     assert cost._of_plan(cost.CompiledCost(k, none, none, np.array([2.0]), 9), plan, 3) == pytest.approx(2 * t, rel=1e-12)
@@ -265,7 +265,7 @@ def test_the_recording_ends():
 
 
 def test_features_are_named_in_order():
-    assert len(FEATURES) == 7 and cost._features([Plan(3, 2, 1, 5, 6, 1, 7, 8)], 4).tolist() == [[1, 4, 3, 7, 5, 2, 8]]
+    assert len(FEATURES) == 9 and cost._features([Plan(3, 2, 1, 5, 6, 1, 7, 8)], 4).tolist() == [[1, 4, 3, 7, 5, 2, 8, 13, 39]]
 
 
 @pytest.mark.parametrize("call, message", [
@@ -275,6 +275,6 @@ def test_features_are_named_in_order():
     (lambda: replace(SMALL, weight_bytes=0), "weight_bytes=0"), (lambda: ModelShape.from_hf(object()), "no whole number num_hidden_layers"), (lambda: table(max_tokens=0), "max_tokens=0"), (lambda: replace(table(2), all_reduce=None), "all_reduce=None"),
     (lambda: Curve.of([1, 2, 3], [1, 2]), "size and seconds"), (lambda: Curve.of([1, 2], [0, 1]), "seconds: need"), (lambda: Curve.of([0, 2], [1, 1]), "size=0"), (lambda: Recorded([[0.1]]), r"shape \(1, 1\)"),
     (lambda: Calibrated(TRUTH, float("nan")), "t_star=nan"), (lambda: Calibrated(-TRUTH, 1), "coefficients="), (lambda: Calibrated(TRUTH, 1, noise="residual"), "no residuals were kept"),
-    (lambda: Calibrated.fit(calibration_plans()[:8], np.ones(8), t_stars=()), "t_stars"), (lambda: Calibrated(TRUTH, 1).report(calibration_plans(), [1.0]), "49 plans and 1 times")])
+    (lambda: Calibrated.fit(calibration_plans()[:9], np.ones(9), t_stars=()), "t_stars"), (lambda: Calibrated(TRUTH, 1).report(calibration_plans(), [1.0]), "49 plans and 1 times")])
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message): call()

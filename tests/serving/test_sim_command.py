@@ -55,7 +55,7 @@ def test_every_part_of_the_engine_from_the_command_line(capsys, tmp_path):
 
 
 def test_a_calibrated_cost(capsys, tmp_path):
-    Calibrated(np.array([0.01, 0, 1e-5, 0, 0, 0, 0]), 1).to_json(tmp_path / "mine.json")
+    Calibrated(np.array([0.01, 0, 1e-5, 0, 0, 0, 0, 0, 0]), 1).to_json(tmp_path / "mine.json")
     code, out, _ = run(capsys, "--requests", "30", "--policy", "oracle", "--cost", str(tmp_path / "mine.json"), "--until", "3", "--json")
     assert code == 0 and json.loads(out)["results"][0]["unfinished"] > 0
 

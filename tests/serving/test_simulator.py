@@ -115,7 +115,7 @@ def test_fast_forward_stops_at_the_horizon():
 def test_stall_free_chunks_bound_the_gap():
     "A prompt of 1000 arrives while another decodes: whole it stops the other for its whole time, in pieces of 99 for no longer than a piece."
     w = Workload.build("two", [0, 5], [10, 1000], [60, 5])
-    per_token = Calibrated(np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 1)
+    per_token = Calibrated(np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 1)
     whole, pieces = (simulate(w, Aggressive(), 2000, per_token, engine=e) for e in (EngineConfig(), EngineConfig(token_budget=100, chunked=True)))
     assert whole.requests["max_gap_s"][0] == 1001 and pieces.requests["max_gap_s"][0] == 100
     apart = simulate(w, Aggressive(), 2000, per_token, engine=EngineConfig(mixed=False))
