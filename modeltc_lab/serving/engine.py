@@ -176,7 +176,7 @@ def register_transformers(
     SCHEDULER_MAPPING[name] = type(f"{type(policy).__name__}Scheduler", (PolicyScheduler,), {"template": policy, "max_new_tokens": max_new_tokens, "lengths": known})
     return name
 
-# %% ../../nbs/serving/15_engine.ipynb #3d8ee560
+# %% ../../nbs/serving/15_engine.ipynb #bd8e6a45
 SETTINGS = {f.name for f in fields(ContinuousBatchingConfig)}
 PAGE_SIZE = "page_size" if "page_size" in SETTINGS else "block_size"                              # 5.17 still says block_size ...
 OWN_ATTENTION = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in SETTINGS else {}     # ... and always keeps the model's attention
@@ -197,7 +197,7 @@ class EngineRun:
     @property
     def seconds(self) -> NDArray[np.float64]:
         "(passes,) durations by the run's clock."
-        return self.result.steps["time_s"] - self.result.steps["start_s"]
+        return {"cpu": self.cpu_s, "wall": self.wall_s}.get(self.clock, self.result.steps["time_s"] - self.result.steps["start_s"])
 
 
 class EngineError(RuntimeError):
@@ -373,11 +373,11 @@ class _Drive:
 
     def _note(self, batch: list[Any]) -> Plan:
         "What the planned pass will do."
-        rows = sorted((int(f.state.request_id), f.query_length, len(self.pool.held(f.state.request_id))) for f in batch)
-        self.batches.append(np.array(rows, np.int64).reshape(-1, 3))
-        chunks = [(q, int(self.kv[r]) + q) for r, q, _ in rows if self.reading[r]]
-        decodes = [int(self.kv[r]) + 1 for r, _, _ in rows if not self.reading[r]]
-        return Plan(sum(q for q, _ in chunks) + len(decodes), sum(f.has_new_token for f in batch), len(chunks), sum(q * s - q * (q - 1) // 2 for q, s in chunks),
+        rows = sorted((int(f.state.request_id), f.query_length, len(self.pool.held(f.state.request_id)), f.has_new_token) for f in batch)
+        self.batches.append(np.array(rows, np.int64).reshape(-1, 4))
+        chunks = [(q, int(self.kv[r]) + q) for r, q, *_ in rows if self.reading[r]]
+        decodes = [int(self.kv[r]) + 1 for r, *_ in rows if not self.reading[r]]
+        return Plan(sum(q for q, _ in chunks) + len(decodes), sum(made for *_, made in rows), len(chunks), sum(q * s - q * (q - 1) // 2 for q, s in chunks),
                     sum(s for _, s in chunks), len(decodes), sum(decodes))
 
     def _tokens(self, batch: list[Any], end: float) -> None:

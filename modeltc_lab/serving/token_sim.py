@@ -78,7 +78,7 @@ def percentiles(
         out[f"p{p}"] = float(a + (b - a) * part if part and np.isfinite(b) else (b if part else a))
     return out
 
-# %% ../../nbs/serving/14_token_sim.ipynb #d5c5425f
+# %% ../../nbs/serving/14_token_sim.ipynb #1278e6c9
 @dataclass(frozen=True, eq=False)
 class Result:
     "What happened to every request, and in every pass."
@@ -92,7 +92,7 @@ class Result:
     impl: str                # "numba" or "python"
     workers: int = 1
     config: dict[str, Any] = field(default_factory=dict)
-    batches: list[IntArray] | None = None  # for each pass (n, 3): request, tokens it read, pages it held; by request; where recorded
+    batches: list[IntArray] | None = None  # for each pass (n, 4), by request: its number, tokens it read, pages it held, did it get a token? where recorded
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:
@@ -226,7 +226,7 @@ class _Worker:
     blocked: bool = False                                                   # nobody joins until somebody has finished (allocate="request")
     load: int = 0                                                           # tokens of everybody queued or running
 
-# %% ../../nbs/serving/14_token_sim.ipynb #3b675032
+# %% ../../nbs/serving/14_token_sim.ipynb #b8f27072
 class _Loop:
     "The engine loop, to be read. `fast_loop` does the same on arrays."
 
@@ -467,7 +467,7 @@ class _Loop:
         w.work = list(zip(w.running, shares))
         reading = [(r, q) for r, q in w.work if q]
         if self.check: w.memory.check()
-        if self.record: self.batches.append(np.array(sorted((r.id, q, w.memory.pages_of(r.id)) for r, q in reading), np.int64).reshape(-1, 3))
+        if self.record: self.batches.append(np.array(sorted((r.id, q, w.memory.pages_of(r.id), r.kv + q == r.size) for r, q in reading), np.int64).reshape(-1, 4))
         chunks = [(q, r.kv + q) for r, q in reading if r.prefilling]
         decodes = [r for r, _ in reading if not r.prefilling]
         plan = Plan(sum(q for q, _ in chunks) + len(decodes), sum(r.kv + q == r.size for r, q in reading), len(chunks),
