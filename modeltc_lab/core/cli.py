@@ -118,7 +118,7 @@ def add_verb(
         _add_option(home.get(key, parser), key, parameter, (notes.get(key) or "").strip())
     parser.set_defaults(_function=function)
 
-# %% ../../nbs/core/06_cli.ipynb #edf72038
+# %% ../../nbs/core/06_cli.ipynb #379bad10
 def _rooms() -> list[str]:
     "Sub-packages that bring commands, by name."
     rooms = [m.name for m in pkgutil.iter_modules(modeltc_lab.__path__) if m.ispkg and m.name != "core"]
@@ -188,6 +188,9 @@ def run_experiment(
     full: bool = False,          # the larger version
     results: str | None = None,  # folder for the records; default: results_dir of the settings
     json: bool = False,          # print the records as JSON
+    backend: str | None = None,  # where its runs go: sequential, loky, threading, dask or ray; default: the settings'
+    workers: int | None = None,  # processes on this machine, -1 for one a core; default: the settings'
+    scheduler: str | None = None,  # address of a dask or ray cluster; default: the settings', or one on this machine
 ) -> None:
     "Run an experiment and write its records: the command behind every published number."
     known = experiments()
@@ -195,11 +198,12 @@ def run_experiment(
         print(_dumps(sorted(known)) if json else "\n".join(sorted(known)))
         return
     if experiment not in known: raise UsageError(f"experiment {experiment!r}: need one of {', '.join(sorted(known))}")
+    from modeltc_lab.core.bench import run_on
     from modeltc_lab.core.results import results_root, table, write
     root = Path(results) if results else results_root()
     _writable(root)  # before the work, not after it
     module, function = known[experiment].split(":")
-    records = getattr(import_module(module), function)(full=full)
+    with run_on(backend, workers, scheduler): records = getattr(import_module(module), function)(full=full)
     if not records: raise UsageError(f"experiment {experiment!r} measured nothing: its data is not within reach (`modeltc-lab data list`)")
     path = write(records, root)
     print(_dumps([r.model_dump(mode="json") for r in records]) if json else f"{table(records, rows=('method', 'x'), cols='metric')}\n\n{len(records)} records in {path}")

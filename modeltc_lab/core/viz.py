@@ -45,7 +45,7 @@ pio.templates["modeltc"] = _template("#24292f")
 pio.templates["modeltc_dark"] = _template("#e6e6e6")
 pio.templates.default = "modeltc"
 
-# %% ../../nbs/core/04_viz.ipynb #51cff8f3
+# %% ../../nbs/core/04_viz.ipynb #8d42873e
 @dataclass(frozen=True)
 class MethodStyle:
     "How a method looks in every figure."
@@ -82,7 +82,8 @@ for _name, _label, _color, _symbol in (
     ("hf_fifo", "transformers FIFO", "#5a6f1e", "cross"), ("hf_fifo_tuned", "transformers FIFO, tuned", "#5a6f1e", "cross-open"), ("hf_prefill_first", "transformers PrefillFirst", "#8fa83a", "x"),
     ("conservative_tuned", "Conservative, tuned", "#8a8a2a", "square-open"), ("vllm", "vLLM", "#e07b39", "triangle-left"), ("sarathi", "Sarathi", "#c9a227", "triangle-right"),
     ("lightllm", "LightLLM", "#d98cc0", "diamond-open"), ("static", "Static batching", "#6b6b6b", "hourglass"), ("dynamic", "Dynamic batching", "#9a9a9a", "bowtie"),
-    ("modeltc_lab", "modeltc_lab", "#0072b2", "circle-x"), ("simpy", "SimPy", "#d55e00", "circle-cross")):
+    ("modeltc_lab", "modeltc_lab", "#0072b2", "circle-x"), ("simpy", "SimPy", "#d55e00", "circle-cross"),
+    ("real", "real engine", "#d55e00", "circle"), ("simulated", "simulated", "#0072b2", "diamond")):
     register_method(_name, _label, _color, _symbol)
 
 

@@ -386,7 +386,7 @@ def _all_reduce(node: str, tp: int) -> Curve:
     if not rows.any(): raise ValueError(f"no all-reduce timings of {tp} devices on {node or 'this node'}; use tp=1")
     return Curve.of(t["bytes"][rows], 1e-3 * t["median_ms"][rows])
 
-# %% ../../nbs/serving/09_cost.ipynb #edc93e18
+# %% ../../nbs/serving/09_cost.ipynb #4004bea5
 FEATURES = ("pass", "max(tokens, t_star)", "tokens", "decode KV", "prefill area", "rows", "swapped", "all KV", "tokens x all KV")
 T_STARS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
@@ -434,10 +434,13 @@ class Calibrated:
         if len(bad): raise ValueError(f"seconds[{int(bad[0])}]={y[bad[0]]}: need a finite number above 0")
         if not len(t_stars): raise ValueError("t_stars=(): need at least one value to try")
         def one(t_star: float) -> tuple[float, float, NDArray[np.float64]]:
-            rows = _features(plans, t_star) / y[:, None]
-            scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
-            found, error = nnls(rows / scale, np.ones(len(y)))
-            return float(error), t_star, found / scale
+            rows, level = _features(plans, t_star), y
+            for _ in range(4):                                    # weights from the fit, not from the noise: dividing by a noisy time would favour short ones
+                scaled = rows / level[:, None]
+                scale = np.maximum(np.linalg.norm(scaled, axis=0), 1e-300)
+                found = nnls(scaled / scale, y / level)[0] / scale
+                level = np.maximum(rows @ found, 1e-12)
+            return float(np.mean((y / level - 1) ** 2)), t_star, found
         _, t_star, found = min((one(t) for t in t_stars), key=lambda r: r[:2])
         return cls(found, float(t_star), y / (_features(plans, t_star) @ found), provenance=provenance or {})
 

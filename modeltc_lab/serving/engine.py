@@ -30,7 +30,7 @@ from .policies import AdmissionPolicy, AdmissionView, EngineConfig, HFFifo, HFPr
 from .token_sim import STEP, Fleet, Result, _checked, _request_rows
 from .workload import Workload
 
-# %% ../../nbs/serving/15_engine.ipynb #638314f2
+# %% ../../nbs/serving/15_engine.ipynb #1666ac4d
 class PagedCache:
     "What admission has to know of transformers' paged cache, whichever supported version laid it out."
 
@@ -81,7 +81,8 @@ class PolicyScheduler(FIFOScheduler):
         self.pool, self.policy = PagedCache(self.cache), deepcopy(self.template)
         self.policy.reset(self.max_new_tokens)
         if self.lengths is not None: self.policy.unseal(self.lengths)
-        self._number: dict[str, int] = {}          # request -> number in order of arrival
+        self._arrived = 0
+        self._number: dict[str, int] = {}          # request -> number in order of arrival; forgotten when it has left
         self._evictions: dict[str, int] = {}       # request -> times sent back
         self._sent_back: list[str] = []            # sent back in the pass being planned
         self._finished: dict[str, int] = {}        # finished since the last pass -> reply tokens
@@ -109,13 +110,23 @@ class PolicyScheduler(FIFOScheduler):
             self._finished.pop(r, None)            # its old self was marked finished
             self._evictions[r] = self._evictions.get(r, 0) + 1
             self._sent_back.append(r)
-        else: self._number[r] = len(self._number)
+        else: self._number[r], self._arrived = self._arrived, self._arrived + 1
         super().add_waiting_request(state)
 
     def finish_request(self, request_id: str) -> None:
         state = self.active_requests.get(request_id)
         if state is not None and state.status == RequestStatus.FINISHED: self._finished[request_id] = _progress(state)[1]
         super().finish_request(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        "A request has left for good."
+        self._number.pop(request_id, None)
+        self._evictions.pop(request_id, None)
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        gone = super().clear_cancelled_requests()
+        for state in gone: self._forget(state.request_id)
+        return gone
 
     def _facts(self, state: RequestState) -> tuple[int, int, int, int]:
         "Number, prompt, reply so far, and longest reply of a request."
@@ -149,7 +160,9 @@ class PolicyScheduler(FIFOScheduler):
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         if self._decoded: self.policy.on_pass()
         place = {r: i for i, r in enumerate(self._order)}
-        for r in sorted(self._finished, key=lambda r: place.get(r, len(place))): self.policy.on_finish(self._finished[r])
+        for r in sorted(self._finished, key=lambda r: place.get(r, len(place))):
+            self.policy.on_finish(self._finished[r])
+            self._forget(r)
         self._finished, self._decoded = {}, False
         if not self.active_requests: self.block_new_requests = False      # all of them were cancelled: nobody is left to clear it
         decoding = {r for r, s in self.active_requests.items() if s.status == RequestStatus.DECODING}
@@ -173,13 +186,14 @@ def register_transformers(
     if policy.sees_true_lengths != (lengths is not None): raise ValueError(f"policy={policy.name!r}, lengths={'given' if lengths is not None else None}: true lengths are for an oracle, and an oracle needs them")
     known = None if lengths is None else np.asarray(lengths, np.int64)
     name = f"modeltc_{policy.name}"
-    SCHEDULER_MAPPING[name] = type(f"{type(policy).__name__}Scheduler", (PolicyScheduler,), {"template": policy, "max_new_tokens": max_new_tokens, "lengths": known})
+    made: Any = type(f"{type(policy).__name__}Scheduler", (PolicyScheduler,), {"__module__": __name__, "template": policy, "max_new_tokens": max_new_tokens, "lengths": known})
+    SCHEDULER_MAPPING[name] = made
     return name
 
-# %% ../../nbs/serving/15_engine.ipynb #bd8e6a45
+# %% ../../nbs/serving/15_engine.ipynb #3f367c80
 SETTINGS = {f.name for f in fields(ContinuousBatchingConfig)}
 PAGE_SIZE = "page_size" if "page_size" in SETTINGS else "block_size"                              # 5.17 still says block_size ...
-OWN_ATTENTION = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in SETTINGS else {}     # ... and always keeps the model's attention
+OWN_ATTENTION: dict[str, Any] = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in SETTINGS else {}     # ... and always keeps the model's attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +244,7 @@ class HFExecutor:
         "What this engine is called in the simulator."
         first = isinstance(policy, HFPrefillFirst)
         margin = policy.margin if isinstance(policy, HFFifo) else 0.0
-        older = {"margin_each": True, "ahead": 2} if PAGE_SIZE == "block_size" else {}
+        older: dict[str, Any] = {"margin_each": True, "ahead": 2} if PAGE_SIZE == "block_size" else {}
         return EngineConfig(self.token_budget, self.max_batch, chunked=True, prefill_first=first, page=self.page, reserve_prompt=False, allocate="request", margin=margin, **older)
 
     def prompts(self, workload: Workload) -> list[list[int]]:
@@ -264,7 +278,8 @@ class HFExecutor:
     def _manager(self, policy: AdmissionPolicy, w: Workload, longest: int, eos: Any) -> Iterator[Any]:
         "A manager that is not started: its loop is ours. Everything it changes is put back."
         name = register_transformers(deepcopy(policy), max_new_tokens=longest, lengths=w.sealed_output.tolist() if policy.sees_true_lengths else None)
-        settings = ContinuousBatchingConfig(**{PAGE_SIZE: self.page}, num_blocks=self.capacity // self.page, max_batch_tokens=self.token_budget, max_requests_per_batch=self.max_batch,
+        pages: dict[str, Any] = {PAGE_SIZE: self.page}
+        settings = ContinuousBatchingConfig(**pages, num_blocks=self.capacity // self.page, max_batch_tokens=self.token_budget, max_requests_per_batch=self.max_batch,
                                             allow_block_sharing=False, use_async_batching=False, use_cuda_graph=False, scheduler_type=name,
                                             safety_margin=self.engine(policy).margin, **OWN_ATTENTION)
         threads, attention = torch.get_num_threads(), self.model.config._attn_implementation
@@ -290,11 +305,14 @@ class _Drive:
         self.manager, self.w, self.prompts, self.clock = manager, w, prompts, clock
         self.processor, self.scheduler = manager.batch_processor, manager.batch_processor.scheduler
         self.pool, self.gpu = PagedCache(self.processor.cache), manager.model.device.type == "cuda"
-        self.rows, self.steps, self.batches = _request_rows(w), [], []
+        self.rows = _request_rows(w)
+        self.steps: list[tuple] = []
+        self.batches: list[IntArray] = []
         self.plans: list[Plan] = []
         self.times: list[tuple[float, float, float]] = []
         self.kv, self.made, self.reading = np.zeros(len(w), np.int64), np.zeros(len(w), np.int64), np.ones(len(w), bool)
-        self.last_s, self.states = np.zeros(len(w)), {}
+        self.last_s = np.zeros(len(w))
+        self.states: dict[int, RequestState] = {}
         self.sent = self.finished = self.evicted = 0
         self.bar = tqdm(total=len(w), desc="requests", disable=not progress, leave=False)
         self.scheduler.add_waiting_request = self._queued
@@ -404,7 +422,7 @@ def _seal(state: RequestState, output: int) -> None:
         if _progress(state)[1] < output: return False
         state.status = RequestStatus.FINISHED
         return True
-    state.update_and_check_completion = update  # type: ignore[method-assign]
+    state.update_and_check_completion = update  # type: ignore
 
 
 def stub_model(

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['MEMORY_POLICIES', 'MEMORY_UNITS', 'RESERVES', 'LOG_BINS', 'PREMISE_TRACES', 'GOODPUT_ENGINE', 'TUNED', 'CASES',
-           'SHARES', 'KEPT', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'SPLITS', 'PROMISES', 'BUDGETS', 'SYSTEMS',
-           'MATRICES', 'SMALL', 'memory_figures', 'memory_behaviour', 'reserve_tradeoff', 'race_results', 'race',
-           'histograms', 'similarity', 'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit',
-           'decision_case', 'warmed', 'policy_draws', 'decision_cost', 'Case', 'sustained_rps', 'at_load', 'tuned',
-           'contestants', 'goodput_case', 'goodput', 'frontier', 'median_by_rate', 'saturation_rate', 'knee',
-           'pages_and_watermarks', 'cache_sizes', 'prefill_decode', 'chunk_budgets', 'frontier_study',
-           'operator_weights', 'operator_seconds', 'operator_errors']
+           'SHARES', 'KEPT', 'PAGES', 'PAGE_WATERMARKS', 'CACHES', 'CACHE_UNITS', 'SPLITS', 'PROMISES', 'BUDGETS',
+           'CHUNK_UNITS', 'SYSTEMS', 'MATRICES', 'SMALL', 'memory_figures', 'memory_run', 'memory_behaviour',
+           'reserve_run', 'reserve_tradeoff', 'race_run', 'race_results', 'race', 'histograms', 'similarity',
+           'servegen_histograms', 'premise_matrices', 'premise', 'resort_admit', 'decision_case', 'warmed',
+           'policy_draws', 'decision_cost', 'same_engine', 'Case', 'sustained_rps', 'at_load', 'tuned', 'contestants',
+           'goodput_case', 'goodput', 'frontier', 'median_by_rate', 'saturation_rate', 'knee', 'page_run',
+           'pages_and_watermarks', 'cache_run', 'cache_sizes', 'split_run', 'prefill_decode', 'chunk_run',
+           'chunk_budgets', 'frontier_case', 'frontier_study', 'operator_weights', 'operator_seconds',
+           'operator_errors']
 
-# %% ../../nbs/serving/16_studies.ipynb #14d846e3
+# %% ../../nbs/serving/16_studies.ipynb #6115ee15
 import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from time import process_time
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
-from ..core.bench import compare, cpu_time
+from ..core.bench import compare, cpu_time, grid, over_seeds, run_on, sweep
 from ..core.data import data_hash, load
 from ..core.results import Record, record
 from .cost import DEVICES, MODELS, VIDUR_MODELS, VIDUR_NODES, CostModel, Curve, Plan, Roofline, UnitCost
@@ -32,7 +35,7 @@ from .policies import AdmissionPolicy, AdmissionView, Aggressive, Conservative, 
 from .token_sim import SLA, Fleet, Result, simulate
 from .workload import Workload, dist, servegen, sharegpt
 
-# %% ../../nbs/serving/16_studies.ipynb #316ce8ac
+# %% ../../nbs/serving/16_studies.ipynb #d57c84a5
 MEMORY_POLICIES: dict[str, Callable[[int], AdmissionPolicy]] = {
     "aggressive": lambda seed: Aggressive(0.99),
     "aggressive_published": lambda seed: Aggressive(0.99, counts_generated=False),
@@ -60,6 +63,19 @@ def memory_figures(
 MEMORY_UNITS = {"decode steps": "steps", "memory in use": "% of slots", "true peak": "% of slots", "evictions": "per 100 finished"}
 
 
+def memory_run(
+    policy: str,  # a key of `MEMORY_POLICIES`
+    mix: int,     # of `dist`: 1, 2 or 3
+    n: int,       # requests
+    seed: int,    # of lengths and draws
+) -> dict[str, float]:  # figures of `memory_figures`
+    "One policy on one length mix."
+    w = dist(mix, n, seed)
+    w = w.with_cap(max(4096, int(w.cap[0])))
+    engine = EngineConfig(token_budget=32768, admit_every=10, overcommit=True)
+    return memory_figures(simulate(w, MEMORY_POLICIES[policy](seed), 120_000, UnitCost(), engine=engine, track_peak=True))
+
+
 def memory_behaviour(
     full: bool = False,                                        # nothing larger: the study is always whole
     seeds: Sequence[int] = (0, 1, 2),                          # of lengths and draws
@@ -67,21 +83,25 @@ def memory_behaviour(
     n: int = 3000,                                             # requests
 ) -> list[Record]:                                             # one a policy, mix and figure
     "The memory-behaviour table: every policy on the three length mixes (past_future.md 4.2; `behavior-analysis` of the artifact)."
-    engine, out = EngineConfig(token_budget=32768, admit_every=10, overcommit=True), []
-    for name, which in tqdm([(p, d) for p in policies for d in (1, 2, 3)], desc="memory behaviour", leave=False):
-        runs = []
-        for seed in seeds:
-            w = dist(which, n, seed)
-            w = w.with_cap(max(4096, int(w.cap[0])))
-            runs.append(memory_figures(simulate(w, MEMORY_POLICIES[name](seed), 120_000, UnitCost(), engine=engine, track_peak=True)))
+    points, out = grid(policy=tuple(policies), mix=(1, 2, 3), n=(n,)), []
+    for point, runs in zip(points, over_seeds(memory_run, points, seeds, desc="memory behaviour")):
+        mix = f"Dist-{point['mix']}"
         for metric, unit in MEMORY_UNITS.items():
-            out.append(record("serving", "past_future_memory", name, metric, unit, [r[metric] for r in runs], implementation="modeltc_lab",
-                              x_name="length mix", x=f"Dist-{which}", config={"capacity": 120_000, "requests": n, "admit_every": 10},
-                              seed=list(seeds), data=f"Dist-{which} (generated)"))
+            out.append(record("serving", "past_future_memory", point["policy"], metric, unit, [r[metric] for r in runs], implementation="modeltc_lab",
+                              x_name="length mix", x=mix, config={"capacity": 120_000, "requests": n, "admit_every": 10}, seed=list(seeds), data=f"{mix} (generated)"))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #dee074bf
+# %% ../../nbs/serving/16_studies.ipynb #62539ebf
 RESERVES = (0.0, 0.03, 0.05, 0.1)
+
+
+def reserve_run(
+    reserve: float,  # share of the memory left unplanned
+    seed: int,       # of lengths and draws
+) -> dict[str, float]:  # figures of `memory_figures`
+    "Past-Future with one reserve on Dist-1."
+    policy, engine = PastFuture(HistoryLengths(init=512), reserve=reserve, seed=seed), EngineConfig(token_budget=32768, admit_every=10)
+    return memory_figures(simulate(dist(1, 3000, seed).with_cap(4096), policy, 120_000, UnitCost(), engine=engine, track_peak=True))
 
 
 def reserve_tradeoff(
@@ -89,21 +109,25 @@ def reserve_tradeoff(
     reserves: Sequence[float] = RESERVES,  # shares of the memory left unplanned
 ) -> list[Record]:                     # figures of `memory_figures` by reserve
     "Past-Future on Dist-1 with a growing reserve (past_future.md 4.2, reserve sweep)."
-    seeds, engine, out = range(6 if full else 3), EngineConfig(token_budget=32768, admit_every=10), []
-    for rho in tqdm(reserves, desc="reserve", leave=False):
-        runs = [memory_figures(simulate(dist(1, 3000, s).with_cap(4096), PastFuture(HistoryLengths(init=512), reserve=rho, seed=s), 120_000, UnitCost(),
-                                        engine=engine, track_peak=True)) for s in seeds]
+    seeds, out = range(6 if full else 3), []
+    for rho, runs in zip(reserves, over_seeds(reserve_run, grid(reserve=reserves), seeds, desc="reserve")):
         for metric, unit in MEMORY_UNITS.items():
             out.append(record("serving", "past_future_reserve", "past_future", metric, unit, [r[metric] for r in runs], implementation="modeltc_lab", x_name="reserve", x=rho,
                               config={"capacity": 120_000, "requests": 3000}, seed=list(seeds), data="Dist-1 (generated)"))
     return out
 
 
+def race_run(
+    policy: str,  # conservative, aggressive, past_future or oracle
+) -> Result:
+    "One policy on the race's waiting requests."
+    own = {"past_future": lambda: PastFuture(HistoryLengths(init=dist(1, n=1000, seed=9).sealed_output))}
+    return simulate(dist(1, n=240, seed=3), own.get(policy, lambda: make_policy(policy))(), capacity=120_000)
+
+
 def race_results() -> list[Result]:
     "Four policies on the same waiting requests: the runs behind the front page's figure."
-    waiting, yesterday = dist(1, n=240, seed=3), dist(1, n=1000, seed=9).sealed_output
-    policies = Conservative(), Aggressive(), PastFuture(HistoryLengths(init=yesterday)), Oracle()
-    return [simulate(waiting, p, capacity=120_000) for p in policies]
+    return sweep(race_run, grid(policy=("conservative", "aggressive", "past_future", "oracle")), progress=False)
 
 
 def race(
@@ -267,8 +291,18 @@ def decision_cost(
                           implementation="modeltc_lab", x_name="running requests", x=n, config=config, seed=0))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #873191a9
+# %% ../../nbs/serving/16_studies.ipynb #1c84fdf6
 GOODPUT_ENGINE = EngineConfig(token_budget=2048, chunked=True)
+
+
+def same_engine(
+    policy: AdmissionPolicy,
+    engine: EngineConfig = GOODPUT_ENGINE,  # what everybody gets
+) -> EngineConfig:
+    "The common engine around a policy, with the margin that is part of transformers' rule."
+    return replace(engine, margin=policy.engine.margin if policy.engine else 0.0)
+
+
 TUNED: dict[str, tuple[Callable[[float], AdmissionPolicy], tuple[float, ...]]] = {
     "aggressive_tuned": (lambda v: Aggressive(v), (0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 1.0)),
     "new_token_ratio_tuned": (lambda v: NewTokenRatio(v), (0.05, 0.1, 0.2, 0.4, 0.7)),
@@ -318,7 +352,7 @@ CASES = {
     "Dist-2": Case(_drawn(lambda n, seed: dist(2, n, seed), 500, 900), "llama-2-7b", (16, 17, 18)),
     "sharegpt": Case(_drawn(lambda n, seed: sharegpt(n, seed=seed), 700, 2000), "llama-2-7b", (70, 85, 95), capacity=60_000)}
 
-# %% ../../nbs/serving/16_studies.ipynb #ed32accb
+# %% ../../nbs/serving/16_studies.ipynb #7120b84b
 def sustained_rps(
     w: Workload,                # traffic
     capacity: int,              # KV slots
@@ -345,7 +379,7 @@ def tuned(
 ) -> tuple[AdmissionPolicy, float]:  # the policy and its goodput there
     "The setting of a baseline with the best goodput on earlier traffic."
     make, grid = TUNED[family]
-    found = [(simulate(w, make(v), capacity, cost, engine=GOODPUT_ENGINE).goodput(sla), -i, v) for i, v in enumerate(grid)]
+    found = [(simulate(w, make(v), capacity, cost, engine=same_engine(make(v))).goodput(sla), -i, v) for i, v in enumerate(grid)]
     best, _, value = max(found)
     return make(value), best
 
@@ -371,7 +405,7 @@ def goodput_case(
     capacity = case.capacity or cost.kv_capacity
     before, measured = case.make(seed)
     rate = sustained_rps(measured, capacity, cost, GOODPUT_ENGINE) if load <= 3 else 0.0
-    serve = lambda policy: simulate(at_load(measured, load, rate), policy, capacity, cost, engine=GOODPUT_ENGINE).summary(sla)
+    serve = lambda policy: simulate(at_load(measured, load, rate), policy, capacity, cost, engine=same_engine(policy)).summary(sla)
     out = {method: serve(policy) for method, policy in contestants(before, seed).items()}
     best = ("", -1.0)
     for family in TUNED:
@@ -388,9 +422,9 @@ def goodput(
     "Goodput of every policy around saturation, on one A100-80G by roofline."
     seeds, out = range(5 if full else 3), []
     within_reach = lambda trace: trace is None or Workload.available(trace)
-    jobs = [(name, level) for name in cases for level in CASES[name].loads if within_reach(CASES[name].trace)]
-    for name, level in tqdm(jobs, desc="goodput", leave=False):
-        runs = [goodput_case(name, level, seed) for seed in seeds]
+    jobs: list[dict[str, Any]] = [{"name": name, "load": load} for name in cases for load in CASES[name].loads if within_reach(CASES[name].trace)]
+    for job, runs in zip(jobs, over_seeds(goodput_case, jobs, seeds, desc="goodput")):
+        name, level = job["name"], job["load"]
         ratio = lambda a, b: [r[a]["goodput_rps"] / max(r[b]["goodput_rps"], 1e-12) for r in runs]
         case = CASES[name]
         common: dict[str, Any] = dict(implementation="modeltc_lab", x_name="workload, load", x=f"{name}, {int(level)} clients" if level > 3 else f"{name}, {level:.0%}", seed=list(seeds), data=case.trace or f"{name} (generated)",
@@ -403,7 +437,7 @@ def goodput(
         out += [record("serving", "past_future_goodput", method, metric, unit, samples, **common) for method, metric, unit, samples in rows]
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #9c1d251a
+# %% ../../nbs/serving/16_studies.ipynb #813a90e8
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.1, 1.2)
 
 
@@ -428,13 +462,12 @@ def frontier(
         if not 0 < rate < float("inf"): raise ValueError(f"rates: got {rate}, need finite numbers of requests per second above 0")
     top = sustained_rps(w, capacity, cost, engine or EngineConfig(), fleet)
     w = w if w.rate == w.rate else w.poisson(top)
-    rows = []
-    for name, rate in tqdm([(p, r) for p in policies for r in rates or [top * s for s in SHARES]], desc="frontier", leave=False, disable=None if progress is None else not progress):
-        got = simulate(w.scale(rate), policies[name], capacity, cost, engine=engine, fleet=fleet).summary(sla, warmup_s, drain_s)
-        rows.append({"policy": name, "rate": float(rate), "share": float(rate / top), "goodput_rps": got["goodput_rps"], "attainment": got["sla_attainment"],
-                     "ttft_p50": got["ttft_s"]["p50"], "ttft_p99": got["ttft_s"]["p99"], "mtpot_p50": got["mtpot_s"]["p50"], "mtpot_p99": got["mtpot_s"]["p99"],
-                     "evictions_per_100": got["evictions_per_100"]})
-    return rows
+
+    def row(policy: str, rate: float) -> dict[str, Any]:
+        got = simulate(w.scale(rate), deepcopy(policies[policy]), capacity, cost, engine=engine, fleet=fleet).summary(sla, warmup_s, drain_s)
+        return {"policy": policy, "rate": rate, "share": rate / top, "goodput_rps": got["goodput_rps"], "attainment": got["sla_attainment"],
+                "ttft_p50": got["ttft_s"]["p50"], "ttft_p99": got["ttft_s"]["p99"], "mtpot_p50": got["mtpot_s"]["p50"], "mtpot_p99": got["mtpot_s"]["p99"], "evictions_per_100": got["evictions_per_100"]}
+    return sweep(row, grid(policy=tuple(policies), rate=[float(r) for r in rates or [top * s for s in SHARES]]), progress=progress, desc="frontier")
 
 
 KEPT = 0.9  # attainment that is called carrying the load
@@ -473,107 +506,144 @@ def knee(
     "`saturation_rate` of every policy."
     return {policy: saturation_rate(rows, policy, attainment) or 0.0 for policy in dict.fromkeys(r["policy"] for r in rows)}
 
-# %% ../../nbs/serving/16_studies.ipynb #cf559710
+# %% ../../nbs/serving/16_studies.ipynb #8a5b8f82
 PAGES, PAGE_WATERMARKS = (1, 16, 64, 256), (0.85, 0.9, 0.95, 0.99, 1.0)
 
 
 def _cost(model: str, device: str = "a100-80g") -> Roofline: return Roofline(MODELS[model], DEVICES[device])
 
 
+def page_run(
+    page: int,         # slots a page
+    watermark: float,  # share of the memory to fill
+    seed: int,         # of the traffic
+) -> float:            # goodput, requests per second
+    "The watermark rule on chat traffic near saturation."
+    return simulate(sharegpt(1500, seed=seed).closed_loop(95), Aggressive(watermark), 60_000, _cost("llama-2-7b"), engine=EngineConfig(token_budget=2048, chunked=True, page=page)).summary()["goodput_rps"]
+
+
 def pages_and_watermarks(
     full: bool = False,  # five seeds instead of three
 ) -> list[Record]:       # goodput by page and watermark
     "Goodput of the watermark rule by page size, chat traffic near saturation (tokensim.md 4)."
-    seeds, cost, out = range(5 if full else 3), _cost("llama-2-7b"), []
-    for page, mark in tqdm([(p, m) for p in PAGES for m in PAGE_WATERMARKS], desc="pages", leave=False):
-        engine = EngineConfig(token_budget=2048, chunked=True, page=page)
-        runs = [simulate(sharegpt(1500, seed=s).closed_loop(95), Aggressive(mark), 60_000, cost, engine=engine).summary() for s in seeds]
-        out.append(record("serving", "token_sim_pages", "aggressive", f"goodput at watermark {mark:g}", "requests/s", [r["goodput_rps"] for r in runs], implementation="modeltc_lab", x_name="slots a page", x=page,
-                          config={"clients": 95, "capacity": 60_000, "watermark": mark, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
-    return out
+    seeds, points = range(5 if full else 3), grid(page=PAGES, watermark=PAGE_WATERMARKS)
+    return [record("serving", "token_sim_pages", "aggressive", f"goodput at watermark {p['watermark']:g}", "requests/s", runs, implementation="modeltc_lab", x_name="slots a page", x=p["page"],
+                   config={"clients": 95, "capacity": 60_000, "watermark": p["watermark"], "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)")
+            for p, runs in zip(points, over_seeds(page_run, points, seeds, desc="pages"))]
 
-# %% ../../nbs/serving/16_studies.ipynb #5364f0c6
+# %% ../../nbs/serving/16_studies.ipynb #b16bfa48
 CACHES = (0, 100_000, 200_000, 500_000, 1_000_000, 2_000_000)
+
+
+CACHE_UNITS = {"tokens from the cache": "% of prompt tokens", "TTFT, median": "s (roofline)", "goodput": "requests/s"}
+
+
+def cache_run(
+    size: int,  # slots for unread blocks
+    seed: int,  # which stretch of the trace
+) -> dict[str, float]:  # by keys of `CACHE_UNITS`
+    "One cache size on one stretch of the Mooncake conversations."
+    cost, engine = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"], tp=4), EngineConfig(token_budget=2048, chunked=True, page=16, cache=size)
+    whole, _ = Workload.load("mooncake_conversation", max_new_tokens=2048).fits(200_000)
+    r = simulate(whole.part(2300 * seed, 2300 * (seed + 1)).scale(1.5), AdaptivePastFuture(), cost.kv_capacity, cost, engine=engine)
+    return {"tokens from the cache": float(100 * r.requests["cached"].sum() / r.requests["prompt"].sum()), "TTFT, median": float(np.median(r.ttft_s)), "goodput": r.goodput(SLA(30.0, 1.5))}
 
 
 def cache_sizes(
     full: bool = False,  # five stretches of the trace instead of three
 ) -> list[Record]:       # share of prompt tokens served from the cache, first-token time, goodput
     "Prefix cache size on the Mooncake conversation trace (tokensim.md 4)."
-    seeds, cost, sla, out = range(5 if full else 3), Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"], tp=4), SLA(30.0, 1.5), []
-    whole, _ = Workload.load("mooncake_conversation", max_new_tokens=2048).fits(200_000)
-    for size in tqdm(CACHES, desc="cache", leave=False):
-        engine, runs = EngineConfig(token_budget=2048, chunked=True, page=16, cache=size), []
-        for s in seeds:
-            r = simulate(whole.part(2300 * s, 2300 * (s + 1)).scale(1.5), AdaptivePastFuture(), cost.kv_capacity, cost, engine=engine)
-            runs.append({"tokens from the cache": 100 * r.requests["cached"].sum() / r.requests["prompt"].sum(), "TTFT, median": float(np.median(r.ttft_s)), "goodput": r.goodput(sla)})
-        for metric, unit in (("tokens from the cache", "% of prompt tokens"), ("TTFT, median", "s (roofline)"), ("goodput", "requests/s")):
+    seeds, out = range(5 if full else 3), []
+    for size, runs in zip(CACHES, over_seeds(cache_run, grid(size=CACHES), seeds, desc="cache")):
+        for metric, unit in CACHE_UNITS.items():
             out.append(record("serving", "token_sim_cache", "past_future_adaptive", metric, unit, [r[metric] for r in runs], implementation="modeltc_lab", x_name="slots for unread blocks", x=size,
                               config={"rate": 1.5, "tp": 4, "ttft_s": 30.0, "mtpot_s": 1.5, "model": "llama-3-8b", "device": "a100-80g"}, seed=list(seeds), data="mooncake_conversation", data_hash=data_hash("mooncake_conversation")))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #72c4b132
+# %% ../../nbs/serving/16_studies.ipynb #ad9f3d4a
 SPLITS = (0, 1, 2, 3, 4)   # prefill workers of eight
 PROMISES = {"relaxed": SLA(10.0, 1.5), "tight": SLA(2.0, 0.06)}
+
+
+def split_run(
+    prefill: int,  # prefill workers of eight
+    seed: int,     # of the traffic
+) -> dict[str, float]:  # goodput by promise
+    "Eight workers, so many of them for prefill only; none: all do both."
+    cost = _cost("llama-2-7b")
+    fleet = Fleet.over(cost, 8 - prefill, prefill) if prefill else Fleet(8, router="least_tokens")
+    r = simulate(sharegpt(3000, seed=seed).scale(20), AdaptivePastFuture(), cost.kv_capacity, cost, engine=EngineConfig(token_budget=2048, chunked=True), fleet=fleet)
+    return {promise: r.goodput(sla) for promise, sla in PROMISES.items()}
 
 
 def prefill_decode(
     full: bool = False,  # five seeds instead of three
 ) -> list[Record]:       # goodput by split and promise
     "Prefill to decode ratio against the promise, eight A100 (tokensim.md 4)."
-    seeds, cost, out = range(5 if full else 3), _cost("llama-2-7b"), []
-    for prefill in tqdm(SPLITS, desc="splits", leave=False):
-        fleet = Fleet.over(cost, 8 - prefill, prefill) if prefill else Fleet(8, router="least_tokens")
+    seeds, out = range(5 if full else 3), []
+    for prefill, runs in zip(SPLITS, over_seeds(split_run, grid(prefill=SPLITS), seeds, desc="splits")):
         for promise, sla in PROMISES.items():
-            runs = [simulate(sharegpt(3000, seed=s).scale(20), AdaptivePastFuture(), cost.kv_capacity, cost, engine=EngineConfig(token_budget=2048, chunked=True), fleet=fleet).goodput(sla) for s in seeds]
-            out.append(record("serving", "token_sim_split", "past_future_adaptive", f"goodput, {promise} promise", "requests/s", runs, implementation="modeltc_lab", x_name="prefill workers of 8", x=prefill,
+            out.append(record("serving", "token_sim_split", "past_future_adaptive", f"goodput, {promise} promise", "requests/s", [r[promise] for r in runs], implementation="modeltc_lab", x_name="prefill workers of 8", x=prefill,
                               config={"rate": 20, "ttft_s": sla.ttft_s, "mtpot_s": sla.mtpot_s, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #702221ab
+# %% ../../nbs/serving/16_studies.ipynb #e20ebc38
 BUDGETS = (128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+CHUNK_UNITS = {"longest gap, p99": "s (roofline)", "TTFT, p99": "s (roofline)", "goodput": "requests/s"}
+
+
+def chunk_run(
+    budget: int,    # tokens a pass
+    chunked: bool,  # prompts in pieces?
+    seed: int,      # of the traffic
+) -> dict[str, float]:  # by keys of `CHUNK_UNITS`
+    "One budget on chat traffic."
+    cost = _cost("llama-2-7b")
+    r = simulate(sharegpt(2000, seed=seed).scale(4), AdaptivePastFuture(), cost.kv_capacity, cost, engine=EngineConfig(token_budget=budget, chunked=chunked)).summary(SLA(10.0, 0.2))
+    return {"longest gap, p99": r["mtpot_s"]["p99"], "TTFT, p99": r["ttft_s"]["p99"], "goodput": r["goodput_rps"]}
 
 
 def chunk_budgets(
     full: bool = False,  # five seeds instead of three
 ) -> list[Record]:       # longest gap, first-token time, goodput by budget; whole prompts beside them
     "Chunk budget against the longest gap (tokensim.md 4)."
-    seeds, cost, sla, out = range(5 if full else 3), _cost("llama-2-7b"), SLA(10.0, 0.2), []
-    for budget, chunked in tqdm([*((b, True) for b in BUDGETS), (8192, False)], desc="chunks", leave=False):
-        engine, runs = EngineConfig(token_budget=budget, chunked=chunked), []
-        for s in seeds:
-            r = simulate(sharegpt(2000, seed=s).scale(4), AdaptivePastFuture(), cost.kv_capacity, cost, engine=engine).summary(sla)
-            runs.append({"longest gap, p99": r["mtpot_s"]["p99"], "TTFT, p99": r["ttft_s"]["p99"], "goodput": r["goodput_rps"]})
-        for metric, unit in (("longest gap, p99", "s (roofline)"), ("TTFT, p99", "s (roofline)"), ("goodput", "requests/s")):
-            out.append(record("serving", "token_sim_chunks", "past_future_adaptive", metric, unit, [r[metric] for r in runs], implementation="modeltc_lab", x_name="tokens a pass", x=str(budget) if chunked else "whole prompts",
-                              config={"rate": 4, "ttft_s": sla.ttft_s, "mtpot_s": sla.mtpot_s, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
+    seeds, points, out = range(5 if full else 3), [*grid(budget=BUDGETS, chunked=(True,)), {"budget": 8192, "chunked": False}], []
+    for p, runs in zip(points, over_seeds(chunk_run, points, seeds, desc="chunks")):
+        for metric, unit in CHUNK_UNITS.items():
+            out.append(record("serving", "token_sim_chunks", "past_future_adaptive", metric, unit, [r[metric] for r in runs], implementation="modeltc_lab", x_name="tokens a pass", x=str(p["budget"]) if p["chunked"] else "whole prompts",
+                              config={"rate": 4, "ttft_s": 10.0, "mtpot_s": 0.2, "model": "llama-2-7b", "device": "a100-80g"}, seed=list(seeds), data="sharegpt (generated)"))
     return out
 
-# %% ../../nbs/serving/16_studies.ipynb #ab780f94
+# %% ../../nbs/serving/16_studies.ipynb #657afe6a
 SYSTEMS = ("oracle", "past_future", "past_future_adaptive", "vllm", "sarathi", "new_token_ratio", "lightllm", "hf_fifo", "hf_prefill_first", "dynamic", "static")
+
+
+def frontier_case(
+    system: str,  # of `SYSTEMS`
+    seed: int,    # of the traffic
+) -> dict[str, float]:  # how far it keeps its promise, its best goodput, and the longest gap there
+    "The frontier of one system; Past-Future starts with the replies of earlier traffic."
+    cost, w, ours = _cost("llama-2-7b"), sharegpt(2000, seed=seed), EngineConfig(token_budget=2048, chunked=True, page=16)
+    top, warm = sustained_rps(w, cost.kv_capacity, cost, ours), HistoryLengths(init=sharegpt(2000, seed=900 + seed).sealed_output.tolist())
+    own = {"past_future": PastFuture(warm, seed=seed), "past_future_adaptive": AdaptivePastFuture(warm), "oracle": Oracle()}
+    rows = frontier(w, {system: own.get(system) or make_policy(system)}, cost.kv_capacity, cost, engine=ours if system in own else None, rates=[top * share for share in SHARES], progress=False)
+    best = max(rows, key=lambda r: r["goodput_rps"])
+    return {"holds to": knee(rows)[system], "best goodput": best["goodput_rps"], "longest gap there, p99": best["mtpot_p99"]}
 
 
 def frontier_study(
     full: bool = False,  # five seeds instead of three
 ) -> list[Record]:       # how far each system keeps its promise, and the seconds fifty points take
     "Goodput frontier of every system on chat traffic (tokensim.md 4: seven policies), and its run time."
-    seeds, cost, w = range(5 if full else 3), _cost("llama-2-7b"), lambda s: sharegpt(2000, seed=s)
+    seeds, cost = range(5 if full else 3), _cost("llama-2-7b")
     common: dict[str, Any] = dict(implementation="modeltc_lab", config={"capacity": cost.kv_capacity, "ttft_s": 10.0, "mtpot_s": 1.5, "model": "llama-2-7b", "device": "a100-80g", "shares": list(SHARES)}, seed=list(seeds), data="sharegpt (generated)")
-    kept: dict[str, list[dict[str, float]]] = {}
-    for s in tqdm(seeds, desc="frontiers", leave=False):
-        top = sustained_rps(w(s), cost.kv_capacity, cost, EngineConfig(token_budget=2048, chunked=True, page=16))
-        warm = HistoryLengths(init=w(900 + s).sealed_output.tolist())
-        own = {"past_future": PastFuture(warm, seed=s), "past_future_adaptive": AdaptivePastFuture(warm), "oracle": Oracle()}
-        for name in SYSTEMS:
-            engine = EngineConfig(token_budget=2048, chunked=True, page=16) if name in own else None
-            rows = frontier(w(s), {name: own.get(name) or make_policy(name)}, cost.kv_capacity, cost, engine=engine, rates=[top * share for share in SHARES], progress=False)
-            best = max(rows, key=lambda r: r["goodput_rps"])
-            kept.setdefault(name, []).append({"holds to": knee(rows)[name], "best goodput": best["goodput_rps"], "longest gap there, p99": best["mtpot_p99"]})
     out = [record("serving", "token_sim_frontier", name, metric, unit, [k[metric] for k in runs], **common)
-           for name, runs in kept.items() for metric, unit in (("holds to", "requests/s"), ("best goodput", "requests/s"), ("longest gap there, p99", "s (roofline)"))]
+           for name, runs in zip(SYSTEMS, over_seeds(frontier_case, grid(system=SYSTEMS), seeds, desc="frontiers")) for metric, unit in (("holds to", "requests/s"), ("best goodput", "requests/s"), ("longest gap there, p99", "s (roofline)"))]
     five = {name: make_policy(name) for name in ("past_future", "past_future_adaptive", "vllm", "new_token_ratio", "oracle")}
     start = process_time()
-    points = frontier(w(0), five, cost.kv_capacity, cost, progress=False)
+    with run_on("sequential"): points = frontier(sharegpt(2000, seed=0), five, cost.kv_capacity, cost, progress=False)  # timed, so in this process
     return [*out, record("serving", "token_sim_frontier", "modeltc_lab", f"{len(points)} points", "s of processor time", [process_time() - start], **{**common, "seed": 0})]
 
 # %% ../../nbs/serving/16_studies.ipynb #cb380974

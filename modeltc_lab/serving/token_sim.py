@@ -226,7 +226,7 @@ class _Worker:
     blocked: bool = False                                                   # nobody joins until somebody has finished (allocate="request")
     load: int = 0                                                           # tokens of everybody queued or running
 
-# %% ../../nbs/serving/14_token_sim.ipynb #b8f27072
+# %% ../../nbs/serving/14_token_sim.ipynb #2774f2a6
 class _Loop:
     "The engine loop, to be read. `fast_loop` does the same on arrays."
 
@@ -400,7 +400,9 @@ class _Loop:
 
     def _one_by_one(self, w: _Worker, clock: float) -> tuple[list[_Live], list[int], int, int]:
         "Hand out pages request by request, as transformers does; returns the same."
-        evicted, joined, shares = 0, [], {}
+        evicted = 0
+        joined: list[_Live] = []
+        shares: dict[int, int] = {}
         while not shares and (w.queue or w.running):
             waiting = [] if w.blocked else list(w.queue)
             if waiting and w.policy is not None:
@@ -419,7 +421,9 @@ class _Loop:
 
     def _turns(self, w: _Worker, waiting: list[_Live]) -> tuple[dict[int, int], list[tuple[_Live, int]]]:
         "Everybody takes what it needs while it lasts: decodes, prompts under way, the queue. Returns tokens by request, and who of the batch found no page."
-        e, m, shares, starved = self.engine, w.memory, {}, []
+        e, m = self.engine, w.memory
+        shares: dict[int, int] = {}
+        starved: list[tuple[_Live, int]] = []
         left, readable, roomy = e.token_budget, m.pages * m.page, m.available / m.pages >= e.margin
         decodes, prompts = [r for r in w.running if not r.prefilling], [r for r in w.running if r.prefilling]
         turns = [*prompts, *decodes] if e.prefill_first else [*decodes, *prompts]
@@ -440,7 +444,8 @@ class _Loop:
 
     def _send_back(self, w: _Worker, starved: list[tuple[_Live, int]]) -> int:
         "The newest who found no page go behind the queue, until the others would find theirs."
-        m, victims = w.memory, []
+        m = w.memory
+        victims: list[_Live] = []
         while starved and len(w.running) - len(victims) > 1:
             if sum(m.growth(r.id, r.kv + q) for r, q in starved) <= m.available: break
             victims.append(starved.pop()[0])

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'CRITERIA', 'WINDOW', 'LEARNT', 'RACERS', 'RACE_SLA', 'KINDS', 'BARS', 'LIVES', 'WARMUP', 'FRONTIER_METRICS',
-           'RATES', 'CROWD', 'memory_race', 'criterion_tokens', 'memory_timeline', 'memory_timeline_widget',
-           'memory_timeline_twin', 'posterior_draws', 'length_posterior', 'length_posterior_widget',
-           'length_posterior_twin', 'policy_race', 'policy_race_widget', 'policy_race_twin', 'pass_kinds',
-           'merge_passes', 'life', 'serving_timeline', 'serving_timeline_widget', 'serving_timeline_twin',
-           'frontier_row', 'goodput_frontier', 'goodput_frontier_widget', 'goodput_frontier_twin',
-           'similarity_heatmaps', 'reserve_tradeoff', 'goodput_shares']
+           'RATES', 'CROWD', 'CHECKED', 'ERRORS', 'memory_race', 'criterion_tokens', 'memory_timeline',
+           'memory_timeline_widget', 'memory_timeline_twin', 'posterior_draws', 'length_posterior',
+           'length_posterior_widget', 'length_posterior_twin', 'policy_race', 'policy_race_widget', 'policy_race_twin',
+           'pass_kinds', 'merge_passes', 'life', 'serving_timeline', 'serving_timeline_widget', 'serving_timeline_twin',
+           'frontier_row', 'goodput_frontier', 'goodput_frontier_widget', 'goodput_frontier_twin', 'checked_runs',
+           'simulator_check', 'error_budget', 'simulator_check_widget', 'simulator_check_twin', 'similarity_heatmaps',
+           'reserve_tradeoff', 'goodput_shares']
 
-# %% ../../nbs/serving/19_views.ipynb #9c6c46d3
+# %% ../../nbs/serving/19_views.ipynb #a9ae6b9e
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from plotly.subplots import make_subplots
 
 from ..core import viz
-from ..core.results import Record
+from ..core.results import Record, pick, read
 from .past_future import AdaptivePastFuture, HistoryLengths, PastFuture, peak_tokens, uniforms
 from .policies import POLICIES, AdmissionPolicy, make_policy
 from .studies import KEPT, median_by_rate, saturation_rate
@@ -697,7 +698,86 @@ def goodput_frontier_twin() -> viz.Twin:
                     default={"ttft": 8.0, "mtpot": 0.5, "capacity": 20_000, "percentile": "p99"}, title="How much load can a policy carry?",
                     labels={"ttft": "TTFT within (s)", "mtpot": "MTPOT within (s)", "capacity": "capacity (slots)", "percentile": "percentile of the waits"})
 
-# %% ../../nbs/serving/19_views.ipynb #9a6b59e3
+# %% ../../nbs/serving/19_views.ipynb #65f8db31
+CHECKED = {"ttft": "time to first token", "gap": "gap between tokens", "e2e": "time to last token"}
+ERRORS = {"ttft": "ttft", "gap": "tpot", "e2e": "e2e"}
+
+
+def checked_runs(
+    records: Sequence[Record],  # of serving/engine_validation
+) -> list[str]:                 # "trace, load, policy"
+    "The runs a record of the protocol holds."
+    return sorted({str(r.x) for r in records if r.method == "real" and r.metric == "ttft quantiles"})
+
+
+def simulator_check(
+    records: Sequence[Record],  # of serving/engine_validation
+    run: str,                   # one of `checked_runs`
+    metric: str = "ttft",       # ttft, gap or e2e
+    statistic: str = "mean",    # mean, p50 or p99, of the error budget
+) -> go.Figure:
+    "One run, real and simulated: distributions, passes, errors beside the noise floor, and the error budget."
+    if metric not in CHECKED: raise ValueError(f"metric={metric!r}: need one of {', '.join(CHECKED)}")
+    if statistic not in ("mean", "p50", "p99"): raise ValueError(f"statistic={statistic!r}: need mean, p50 or p99")
+    if run not in checked_runs(records): raise ValueError(f"run={run!r}: need one of {', '.join(checked_runs(records)) or 'none: no record yet'}")
+    mine = {(r.method, r.metric): r for r in records if r.x == run}
+    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.11, vertical_spacing=0.2, subplot_titles=(CHECKED[metric], "passes: measured and modelled", "error, all runs", f"error budget of this run, {ERRORS[metric]} {statistic}"))
+    for who, dash in (("real", "solid"), ("simulated", "dash")):
+        values = mine[who, f"{metric} quantiles"].samples
+        fig.add_scatter(x=values, y=np.linspace(0, 100, len(values)).tolist(), mode="lines", name=who, line=dict(color=viz.style(who).color, dash=dash, width=2.5), row=1, col=1, hovertemplate="%{y:.0f} % within %{x:.3f} s")
+    top = 0.0
+    for kind, color in (("prefill", "#d55e00"), ("decode", "#0072b2"), ("mixed", "#8a8a2a")):
+        took, said = (mine[who, kind].samples if (who, kind) in mine else [] for who in ("measured pass", "modelled pass"))
+        top = max([top, *took, *said])
+        fig.add_scatter(x=[1e3 * v for v in took], y=[1e3 * v for v in said], mode="markers", name=kind, marker=dict(color=color, size=5, opacity=0.6), row=1, col=2, hovertemplate="took %{x:.1f} ms, modelled %{y:.1f} ms")
+    fig.add_scatter(x=[0, 1e3 * top], y=[0, 1e3 * top], mode="lines", line=dict(color="#888888", dash="dot"), showlegend=False, hoverinfo="skip", row=1, col=2)
+    shown = [f"{ERRORS[metric]} {s}" for s in ("mean", "p50", "p90", "p99")] + ["busy"]
+    for who, color in (("simulator", viz.style("simulated").color), ("engine against itself", viz.style("real").color)):
+        found = {r.x: r for r in records if r.method == who and r.metric == "error"}
+        fig.add_bar(x=shown, y=[float(np.mean(found[x].samples)) if x in found else None for x in shown], name=who, marker_color=color, row=2, col=1, hovertemplate="%{x}: %{y:.1f} %")
+    parts = error_budget(mine, f"{ERRORS[metric]} {statistic}", int(pick(records, metric="mismatches").median))
+    fig.add_bar(x=[100 * v for v in parts.values()], y=list(parts), orientation="h", showlegend=False, marker_color=["#009e73", "#e69f00", "#cc79a7", "#555555"], row=2, col=2, hovertemplate="%{y}: %{x:+.1f} %<extra></extra>")
+    fig.update_xaxes(title_text="seconds", row=1, col=1).update_yaxes(title_text="% of them", row=1, col=1).update_xaxes(title_text="measured (ms)", row=1, col=2).update_yaxes(title_text="modelled (ms)", row=1, col=2)
+    fig.update_yaxes(title_text="% (mean, absolute)", rangemode="tozero", row=2, col=1).update_xaxes(title_text="signed, % of the real value", row=2, col=2).update_yaxes(autorange="reversed", row=2, col=2)
+    verdict = f"{ERRORS[metric]} {statistic} is {100 * parts['together']:+.1f} % off in this run; the engine is {pick(records, method='engine against itself', x=shown[0]).median:.1f} % from itself in the mean"
+    return fig.update_layout(height=640, barmode="group", title=verdict, legend=dict(orientation="h", y=-0.12))
+
+
+def error_budget(
+    run: Mapping[tuple[str, str], Record],  # records of one run by (method, metric)
+    figure: str,                            # such as "ttft p50"
+    mismatches: int = 0,                    # passes in which a replay of the run differs
+) -> dict[str, float]:                      # signed shares of the real value
+    "Schedule, cost of the passes on the real schedule, and what the queue makes of it; together they are the error."
+    if mismatches: raise ValueError(f"mismatches={mismatches}: a replay differs, so the error cannot be split; that is a bug of the simulator, report it")
+    real, simulated, fixed = (run[who, figure].median for who in ("real", "simulated", "fixed schedule"))
+    cost, whole = (fixed - real) / real, (simulated - real) / real
+    return {"schedule": 0.0, "cost of passes": cost, "queue": whole - cost, "together": whole}
+
+
+def simulator_check_widget(
+    records: Sequence[Record] | None = None,  # None: those that were published
+) -> W.VBox:
+    "Look at every run of the protocol. `.controls`: run, metric, statistic."
+    rows = read("serving", "engine_validation") if records is None else records
+    runs = checked_runs(rows)
+    if not runs: raise ValueError("records: no run in them; write some with `modeltc-lab run serving/engine_validation`")
+    c: dict[str, Any] = {"run": W.Dropdown(options=runs, value=runs[-1], description="run"),
+                         "metric": W.ToggleButtons(options=[(v, k) for k, v in CHECKED.items()], description="of", style=dict(button_width="auto")),
+                         "statistic": W.ToggleButtons(options=("mean", "p50", "p99"), description="budget of", style=dict(button_width="auto"))}
+    picture = lambda: simulator_check(rows, c["run"].value, c["metric"].value, c["statistic"].value)
+    box = _panel(picture(), c)
+    for control in c.values(): control.observe(lambda _: _show(box, picture()), "value")
+    return box
+
+
+def simulator_check_twin() -> viz.Twin:
+    "The published runs without Python."
+    rows = read("serving", "engine_validation")
+    return viz.twin(lambda run, metric, statistic: simulator_check(rows, run, metric, statistic), {"run": checked_runs(rows), "metric": tuple(CHECKED), "statistic": ("mean", "p99")},
+                    title="Is the simulator right?", labels={"run": "trace, load, policy", "metric": "of", "statistic": "budget of"})
+
+# %% ../../nbs/serving/19_views.ipynb #9ee334df
 def similarity_heatmaps(
     matrices: Mapping[str, NDArray[np.float64]],  # trace -> (windows, windows) cosine
 ) -> go.Figure:

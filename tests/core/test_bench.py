@@ -1,23 +1,97 @@
 "Sweeps on real backends, among them a local dask cluster; timing that refuses wrong answers."
 
 import json
+import os
 
+import numpy as np
 import pytest
 
-from modeltc_lab.core.bench import BenchError, compare, cpu_time, gpu_times, grid, ratio_interval, sweep
+from modeltc_lab.core.bench import (
+    BenchError,
+    compare,
+    cpu_time,
+    gpu_times,
+    grid,
+    over_seeds,
+    ratio_interval,
+    run_on,
+    sweep,
+)
 
 
 def cube(n, power=3): return n ** power
 
 
 @pytest.mark.parametrize("backend", ["sequential", "threading", "loky"])
-def test_backends_agree(backend): assert sweep(cube, grid(n=range(5), power=(2, 3)), backend=backend, n_jobs=2, progress=False) == [n ** p for n in range(5) for p in (2, 3)]
+def test_backends_agree(backend): assert sweep(cube, grid(n=range(5), power=(2, 3)), backend=backend, workers=2, progress=False) == [n ** p for n in range(5) for p in (2, 3)]
 
 
 def test_dask_cluster_of_two_workers():
     distributed = pytest.importorskip("distributed", reason="needs modeltc_lab[cluster]")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1") as cluster, distributed.Client(cluster):
         assert sweep(pow, [{"base": n, "exp": 2} for n in range(6)], backend="dask", progress=False) == [n * n for n in range(6)]
+
+
+def process(n): return os.getpid()
+
+
+def nested(n): return sweep(process, grid(n=range(3)), progress=False), os.getpid()
+
+
+def test_without_a_word_a_sweep_stays_here(): assert set(sweep(process, grid(n=range(3)), progress=False)) == {os.getpid()}
+
+
+def test_what_surrounds_a_sweep_decides_and_ends():
+    with run_on("loky", 2):
+        assert os.getpid() not in sweep(process, grid(n=range(3)), progress=False)
+        with run_on("sequential"): assert set(sweep(process, grid(n=range(3)), progress=False)) == {os.getpid()}
+        assert set(sweep(process, grid(n=range(3)), backend="threading", progress=False)) == {os.getpid()}
+        assert os.getpid() not in sweep(process, grid(n=range(3)), progress=False)
+    assert set(sweep(process, grid(n=range(3)), progress=False)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_a_sweep_inside_a_point_stays_in_its_process(backend):
+    for inner, own in sweep(nested, grid(n=range(3)), backend=backend, workers=2, progress=False): assert set(inner) == {own}
+
+
+@pytest.mark.parametrize("key, value", [("backend", "loky"), ("workers", "2")])
+def test_settings_decide_where_nothing_else_does(key, value, monkeypatch):
+    from modeltc_lab.core.settings import settings
+    monkeypatch.setenv(f"MODELTC_LAB_{key.upper()}", value)
+    settings.cache_clear()
+    try:
+        with run_on() as place: assert place == {"backend": ("loky", -1), "workers": ("sequential", 1)}[key]
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+def test_a_connected_client_is_used_and_kept():
+    distributed = pytest.importorskip("distributed", reason="needs modeltc_lab[cluster]")
+    with distributed.Client(processes=False, dashboard_address=None) as client:
+        with run_on("dask"): assert distributed.default_client() is client
+        assert client.status == "running"
+    with run_on("dask", workers=1):
+        own = distributed.default_client()
+        assert own is not client and len(own.scheduler_info()["workers"]) == 1
+    assert own.status == "closed"
+
+
+def test_seeds_of_a_point_stay_together():
+    assert over_seeds(lambda mean, seed: (mean, seed), grid(mean=(1, 2)), (7, 8, 9), progress=False) == [[(1, 7), (1, 8), (1, 9)], [(2, 7), (2, 8), (2, 9)]]
+
+
+def test_points_that_are_no_json_are_all_computed():
+    "Long arrays look alike when printed; they must not be taken for the same point."
+    a, b = np.zeros(5000), np.zeros(5000)
+    b[2500] = 1
+    assert str(a) == str(b) and sweep(lambda v: v.sum(), [{"v": a}, {"v": b}], progress=False) == [0, 1]
+
+
+@pytest.mark.parametrize("how, message", [({"backend": "slurm"}, "need one of sequential"), ({"workers": 0}, "workers=0: need at least 1"), ({"backend": "loky", "scheduler": "tcp://h:1"}, "only dask and ray")])
+def test_a_place_that_cannot_be(how, message):
+    with pytest.raises(ValueError, match=message), run_on(**how): raise AssertionError("not reached")
 
 
 def test_missing_cluster_package_says_what_to_install(monkeypatch):

@@ -36,6 +36,7 @@ def test_frozen():
 
 @pytest.mark.parametrize("text, message", [
     ("[modeltc_lab]\nsed = 1\n", "unknown setting 'sed'"), ("[modeltc_lab]\nseed = -1\n", "seed='-1': need a whole number >= 0"), ("[modeltc_lab]\nthreads = many\n", "threads='many': need a whole number >= 1"), ("[modeltc_lab]\noffline = maybe\n", "need yes or no"),
+    ("[modeltc_lab]\nbackend = slurm\n", "backend='slurm': need one of sequential, loky, threading, dask, ray"), ("[modeltc_lab]\nworkers = -2\n", "workers='-2': need a whole number >= 1, or -1"),
     ("[modeltc_lab]\ntime_budget_s = nan\n", "time_budget_s='nan'"), ("[other]\nseed = 1\n", "unknown section [other]"), ("no section", "settings.ini")])
 def test_bad_file(tmp_path, text, message):
     file = tmp_path / "settings.ini"
