@@ -121,7 +121,7 @@ def gpu_times(
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
-# %% ../../nbs/core/05_bench.ipynb #0f28f26e
+# %% ../../nbs/core/05_bench.ipynb #722a26ba
 _PLACE: ContextVar[tuple[str, int] | None] = ContextVar("_PLACE", default=None)  # backend and workers of the sweeps made here
 
 
@@ -248,8 +248,8 @@ def sweep(
     name = getattr(function, "__qualname__", type(function).__qualname__)
     done = {} if resume is None else _finished(resume, name)
     todo = [(k, p) for k, p in dict(zip(keys, points)).items() if k not in done]
-    around = _PLACE.get() or (None, None)
-    with run_on(backend or around[0], around[1] if workers is None else workers) as (where, processes), parallel_config(backend=where, n_jobs=-1 if where in ("dask", "ray") else processes):
+    around = _PLACE.get() if backend is None else None
+    with run_on(around[0] if around else backend, around[1] if around and workers is None else workers) as (where, processes), parallel_config(backend=where, n_jobs=-1 if where in ("dask", "ray") else processes):
         values = Parallel(return_as="list" if where == "ray" else "generator")(delayed(_call)(function, p) for _, p in todo)
         for (key, point), value in zip(todo, tqdm(values, total=len(todo), desc=desc, disable=None if progress is None else not progress, leave=False)):
             done[key] = value

@@ -284,10 +284,10 @@ def _json(value: Any) -> str:
         return None if isinstance(v, float) and not -float("inf") < v < float("inf") else v
     return dumps(clean(value), indent=2)
 
-# %% ../../nbs/serving/18_commands.ipynb #2f8bf7ba
+# %% ../../nbs/serving/18_commands.ipynb #a2cd1faf
 def calibrate(
     out: str,                         # file to write: JSON, for `sim --cost`
-    model: str = "random",            # random (a small Llama), smollm2, or a folder in transformers' format
+    model: str = "random",            # random (a small Llama), random-1b, random-8b, smollm2, or a folder in transformers' format
     device: str = "cpu",              # cpu or cuda
     capacity: int = 4096,             # KV slots of the engine, tokens
     page: int = 16,                   # slots a page
@@ -333,7 +333,7 @@ def _on(model: Any, device: str) -> Any:
 
 def validate(
     quick: bool = False,              # one trace, two loads, two policies: minutes instead of a quarter of an hour
-    model: str = "random",            # random (a small Llama), smollm2, or a folder in transformers' format
+    model: str = "random",            # random (a small Llama), random-1b, random-8b, smollm2, or a folder in transformers' format
     device: str = "cpu",              # cpu or cuda
     trace: list[str] = [],            # traces of `data list` or files; default: the protocol's
     policy: list[str] = [],           # default: the protocol's

@@ -30,7 +30,7 @@ from .policies import AdmissionPolicy, AdmissionView, EngineConfig, HFFifo, HFPr
 from .token_sim import STEP, Fleet, Result, _checked, _request_rows
 from .workload import Workload
 
-# %% ../../nbs/serving/15_engine.ipynb #1666ac4d
+# %% ../../nbs/serving/15_engine.ipynb #61cdac23
 class PagedCache:
     "What admission has to know of transformers' paged cache, whichever supported version laid it out."
 
@@ -190,7 +190,7 @@ def register_transformers(
     SCHEDULER_MAPPING[name] = made
     return name
 
-# %% ../../nbs/serving/15_engine.ipynb #3f367c80
+# %% ../../nbs/serving/15_engine.ipynb #3b597ec1
 SETTINGS = {f.name for f in fields(ContinuousBatchingConfig)}
 PAGE_SIZE = "page_size" if "page_size" in SETTINGS else "block_size"                              # 5.17 still says block_size ...
 OWN_ATTENTION: dict[str, Any] = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in SETTINGS else {}     # ... and always keeps the model's attention

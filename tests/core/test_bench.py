@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -62,6 +63,18 @@ def test_settings_decide_where_nothing_else_does(key, value, monkeypatch):
     settings.cache_clear()
     try:
         with run_on() as place: assert place == {"backend": ("loky", -1), "workers": ("sequential", 1)}[key]
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+def test_a_named_backend_takes_the_workers_of_the_settings_and_not_of_another_backend(monkeypatch):
+    from modeltc_lab.core.settings import settings
+    monkeypatch.setenv("MODELTC_LAB_WORKERS", "2")
+    settings.cache_clear()
+    together = threading.Barrier(2, timeout=20)  # passed only by two points at a time
+    try:
+        with run_on("sequential"): assert sorted(sweep(lambda n: together.wait(), grid(n=range(2)), backend="threading", progress=False)) == [0, 1]
     finally:
         monkeypatch.undo()
         settings.cache_clear()
