@@ -18,7 +18,7 @@ PINS := $(VENV)/constraints.txt
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON ?= python3
 
-.PHONY: help lab test docs gpu kernels browser lint export figures clean FORCE
+.PHONY: help lab test docs gpu peers kernels browser lint export figures clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -76,6 +76,10 @@ kernels: $(VENV)/.dev  ## compile every kernel for sm_90 (no GPU needed) and sho
 gpu:  ## on a machine with a GPU: kernel tests, then benchmarks, records into docs/results (GPU_PYTHON=python3)
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels -q --import-mode=importlib -p no:cacheprovider
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_paged_decode.py
+
+peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's scheduler, each in an environment of its own (fetches vLLM, a third of a gigabyte)
+	PYTHON=$(PY) bash tests/peers/transformers_versions.sh
+	PYTHON=$(PY) bash tests/peers/vllm_scheduler.sh
 
 browser: docs  ## the tests that drive a real browser
 	$(PY) -m pytest tests/browser -q
