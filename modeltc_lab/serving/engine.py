@@ -30,7 +30,7 @@ from .policies import AdmissionPolicy, AdmissionView, EngineConfig, HFFifo, HFPr
 from .token_sim import STEP, Fleet, Result, _checked, _request_rows
 from .workload import Workload
 
-# %% ../../nbs/serving/15_engine.ipynb #61cdac23
+# %% ../../nbs/serving/15_engine.ipynb #405808f4
 class PagedCache:
     "What admission has to know of transformers' paged cache, whichever supported version laid it out."
 
@@ -133,7 +133,7 @@ class PolicyScheduler(FIFOScheduler):
         prompt, made = _progress(state)
         room = self.pool.pages * self.pool.page - prompt + 1
         cap = room if state.max_new_tokens is None else min(len(state.initial_tokens) - prompt + state.max_new_tokens, room)
-        return self._number[state.request_id], prompt, made, max(cap, made + 1)
+        return self._number[state.request_id], prompt, made, max(cap, made + 1)   # a reply planned ahead may have reached it
 
     def view(
         self,
@@ -190,7 +190,7 @@ def register_transformers(
     SCHEDULER_MAPPING[name] = made
     return name
 
-# %% ../../nbs/serving/15_engine.ipynb #3b597ec1
+# %% ../../nbs/serving/15_engine.ipynb #b2e235cb
 SETTINGS = {f.name for f in fields(ContinuousBatchingConfig)}
 PAGE_SIZE = "page_size" if "page_size" in SETTINGS else "block_size"                              # 5.17 still says block_size ...
 OWN_ATTENTION: dict[str, Any] = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in SETTINGS else {}     # ... and always keeps the model's attention
@@ -409,7 +409,7 @@ class _Drive:
             else: row["max_gap_s"] = max(row["max_gap_s"], end - self.last_s[r])
             self.last_s[r], self.made[r] = end, self.made[r] + 1
             if self.states[r].status != RequestStatus.FINISHED: continue
-            row["finish_s"], self.finished = end, self.finished + 1
+            row["finish_s"], row["output"], self.finished = end, self.made[r], self.finished + 1   # an end of text may come before the sealed length
             self.bar.update()
             if self.w.clients and self.sent < len(self.w): self._send(end)
 

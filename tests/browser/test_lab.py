@@ -196,6 +196,14 @@ def test_goodput_frontier_every_control(gallery):
     assert "Aggressive" in moves(gallery, cell, lambda: cell.locator("select").select_option(["Aggressive"]))[1][0]
 
 
+def test_simulator_check_every_control(gallery):
+    cell = widget(gallery, cells_with("check_widget", GALLERY))
+    assert "ttft mean" in cell.element_handle().evaluate(STATE)
+    assert "tpot mean" in moves(gallery, cell, lambda: cell.locator(".widget-toggle-buttons button:text-is('gap between tokens')").click())[1][0]
+    assert "tpot p99" in moves(gallery, cell, lambda: cell.locator(".widget-toggle-buttons button:text-is('p99')").click())[1][0]
+    moves(gallery, cell, lambda: cell.locator("select").select_option(index=0))
+
+
 def test_twin_slider_moves_in_the_notebook(notebook):
     nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
     sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]

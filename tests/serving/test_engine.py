@@ -246,3 +246,19 @@ def test_history_begins_where_it_is_told(stub):
     before = policy.length_model.values().tolist() if hasattr(policy.length_model, "values") else None
     run = HFExecutor(stub, 400, 4, 256).run(traffic(1), policy, clock=UnitCost(), progress=False)
     assert len(run.replies) == len(traffic(1)) and (before is None or policy.length_model.values().tolist() == before)
+
+
+def test_a_reply_that_ends_itself_counts_as_long_as_it_was(tiny):
+    "With an end-of-text token a reply may be shorter than its sealed length; the result says what was made."
+    w, executor = traffic(5).head(10), HFExecutor(tiny, 320, 16, 64)
+    free = executor.run(w, HFFifo(), progress=False)
+    eos = free.replies[0][min(2, len(free.replies[0]) - 1)]
+    run = executor.run(w, HFFifo(), eos=eos, progress=False)
+    assert [len(r) for r in run.replies] == run.result.requests["output"].tolist()
+    for whole, cut in zip(free.replies, run.replies): assert cut == whole[:whole.index(eos) + 1 if eos in whole else None]
+    assert run.result.requests["output"][0] <= 3
+
+
+def test_nothing_to_serve_is_an_empty_result(stub):
+    run = HFExecutor(stub, 100).run(Workload.build("none", [], [], []), HFFifo(), progress=False)
+    assert len(run.result.requests) == len(run.plans) == 0 and run.replies == []
