@@ -777,7 +777,7 @@ def simulator_check_twin() -> viz.Twin:
     return viz.twin(lambda run, metric, statistic: simulator_check(rows, run, metric, statistic), {"run": checked_runs(rows), "metric": tuple(CHECKED), "statistic": ("mean", "p99")},
                     title="Is the simulator right?", labels={"run": "trace, load, policy", "metric": "of", "statistic": "budget of"})
 
-# %% ../../nbs/serving/19_views.ipynb #9ee334df
+# %% ../../nbs/serving/19_views.ipynb #24acb8b3
 def similarity_heatmaps(
     matrices: Mapping[str, NDArray[np.float64]],  # trace -> (windows, windows) cosine
 ) -> go.Figure:
