@@ -303,7 +303,9 @@ def command_of(domain, experiment):
     "The one command that remakes a record."
     name = f"{domain}/{experiment}"
     if name in experiments(): return f"modeltc-lab run {name}"
-    return {"kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu"}[name]
+    return {"kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu",
+            "serving/engine_contract": "bash tests/peers/transformers_versions.sh", "serving/vllm_plugin": "bash tests/peers/vllm_scheduler.sh",
+            "serving/token_sim_vidur": "bash tests/peers/vidur_speed.sh"}[name]
 
 
 def write_results():
