@@ -698,7 +698,7 @@ def goodput_frontier_twin() -> viz.Twin:
                     default={"ttft": 8.0, "mtpot": 0.5, "capacity": 20_000, "percentile": "p99"}, title="How much load can a policy carry?",
                     labels={"ttft": "TTFT within (s)", "mtpot": "MTPOT within (s)", "capacity": "capacity (slots)", "percentile": "percentile of the waits"})
 
-# %% ../../nbs/serving/19_views.ipynb #65f8db31
+# %% ../../nbs/serving/19_views.ipynb #0cd24f43
 CHECKED = {"ttft": "time to first token", "gap": "gap between tokens", "e2e": "time to last token"}
 ERRORS = {"ttft": "ttft", "gap": "tpot", "e2e": "e2e"}
 
@@ -721,7 +721,7 @@ def simulator_check(
     if statistic not in ("mean", "p50", "p99"): raise ValueError(f"statistic={statistic!r}: need mean, p50 or p99")
     if run not in checked_runs(records): raise ValueError(f"run={run!r}: need one of {', '.join(checked_runs(records)) or 'none: no record yet'}")
     mine = {(r.method, r.metric): r for r in records if r.x == run}
-    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.11, vertical_spacing=0.2, subplot_titles=(CHECKED[metric], "passes: measured and modelled", "error, all runs", f"error budget of this run, {ERRORS[metric]} {statistic}"))
+    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.11, vertical_spacing=0.2, subplot_titles=(CHECKED[metric], "passes: measured and modelled", f"error of {ERRORS[metric]} and busy, all runs", f"error budget of this run, {ERRORS[metric]} {statistic}"))
     for who, dash in (("real", "solid"), ("simulated", "dash")):
         values = mine[who, f"{metric} quantiles"].samples
         fig.add_scatter(x=values, y=np.linspace(0, 100, len(values)).tolist(), mode="lines", name=who, line=dict(color=viz.style(who).color, dash=dash, width=2.5), row=1, col=1, hovertemplate="%{y:.0f} % within %{x:.3f} s")
@@ -734,13 +734,13 @@ def simulator_check(
     shown = [f"{ERRORS[metric]} {s}" for s in ("mean", "p50", "p90", "p99")] + ["busy"]
     for who, color in (("simulator", viz.style("simulated").color), ("engine against itself", viz.style("real").color)):
         found = {r.x: r for r in records if r.method == who and r.metric == "error"}
-        fig.add_bar(x=shown, y=[float(np.mean(found[x].samples)) if x in found else None for x in shown], name=who, marker_color=color, row=2, col=1, hovertemplate="%{x}: %{y:.1f} %")
+        fig.add_bar(x=[s.split()[-1] for s in shown], y=[float(np.mean(found[x].samples)) if x in found else None for x in shown], name=who, marker_color=color, row=2, col=1, hovertemplate="%{x}: %{y:.1f} %")
     parts = error_budget(mine, f"{ERRORS[metric]} {statistic}", int(pick(records, metric="mismatches").median))
     fig.add_bar(x=[100 * v for v in parts.values()], y=list(parts), orientation="h", showlegend=False, marker_color=["#009e73", "#e69f00", "#cc79a7", "#555555"], row=2, col=2, hovertemplate="%{y}: %{x:+.1f} %<extra></extra>")
     fig.update_xaxes(title_text="seconds", row=1, col=1).update_yaxes(title_text="% of them", row=1, col=1).update_xaxes(title_text="measured (ms)", row=1, col=2).update_yaxes(title_text="modelled (ms)", row=1, col=2)
-    fig.update_yaxes(title_text="% (mean, absolute)", rangemode="tozero", row=2, col=1).update_xaxes(title_text="signed, % of the real value", row=2, col=2).update_yaxes(autorange="reversed", row=2, col=2)
+    fig.update_yaxes(title_text="% (mean, absolute)", rangemode="tozero", row=2, col=1).update_xaxes(tickangle=0, row=2, col=1).update_xaxes(title_text="signed, % of the real value", row=2, col=2).update_yaxes(autorange="reversed", row=2, col=2)
     verdict = f"{ERRORS[metric]} {statistic} is {100 * parts['together']:+.1f} % off in this run; the engine is {pick(records, method='engine against itself', x=shown[0]).median:.1f} % from itself in the mean"
-    return fig.update_layout(height=640, barmode="group", title=verdict, legend=dict(orientation="h", y=-0.12))
+    return fig.update_layout(height=680, barmode="group", title=verdict, legend=dict(orientation="h", y=-0.16, yanchor="top"), margin=dict(t=90, b=120))
 
 
 def error_budget(
