@@ -49,7 +49,7 @@ def python(wheel, tmp_path_factory):
 
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("modeltc_lab/py.typed", "modeltc_lab/core/cli.py", "modeltc_lab/serving/past_future.py", "modeltc_kernels/paged_decode.py", "modeltc_kernels/py.typed"):
+    for needed in ("modeltc_lab/py.typed", "modeltc_lab/core/cli.py", "modeltc_lab/serving/past_future.py", "modeltc_lab/decoding/grammars.py", "modeltc_kernels/paged_decode.py", "modeltc_kernels/py.typed"):
         assert needed in names
     assert any(n.endswith("LICENSE") for n in names)
     assert [n for n in names if n.split("/")[0] not in ("modeltc_lab", "modeltc_kernels") and ".dist-info/" not in n] == []
