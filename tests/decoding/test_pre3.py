@@ -1,5 +1,6 @@
 "Masks, against parsers that know nothing of the engine: a lexer by automata and a parser by tables for real grammars, Earley's algorithm for random ones."
 import random
+from base64 import b64decode
 from functools import lru_cache
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from modeltc_lab.core.data import load
 from modeltc_lab.decoding.batch import BatchState, StackLimit, ThreadLimit
 from modeltc_lab.decoding.grammar import Grammar, GrammarError, Production, Terminal
 from modeltc_lab.decoding.lr import END, GrammarConflict, build_tables, next_terminals, push_terminal
@@ -346,3 +348,16 @@ def test_padding_and_odd_tokens():
     out = np.zeros(5, np.int32)
     m.fill_bitmask(out)
     assert out.tolist() == [0b1100011, 0, 0, 0, 0]
+
+
+def test_the_json_parsing_suite():
+    "https://github.com/nst/JSONTestSuite: what every parser must take, and what it must refuse."
+    m, seen = compiled("json").matcher(max_depth=1024), {"accept": 0, "reject": 0}
+    for case in load("json_parsing_suite"):
+        if case["expect"] not in seen: continue
+        m.reset()
+        try: taken = m.accept_bytes(b64decode(case["b64"])) and m.is_accepting
+        except StackLimit: taken = False                       # a hundred thousand opening brackets
+        assert taken == (case["expect"] == "accept"), case["name"]
+        seen[case["expect"]] += 1
+    assert min(seen.values()) >= 95
