@@ -558,7 +558,7 @@ class BatchState:
                 t = self.threads[b] = Threads(old[i].c, self.max_depth)
                 t.threads, t.over, t.history = old[i].threads, old[i].over, list(old[i].history)
 
-# %% ../../nbs/decoding/22a_batch.ipynb #5b6eefcc
+# %% ../../nbs/decoding/22a_batch.ipynb #555e6c47
 class Refusal(NamedTuple):
     "Why bytes cannot come here."
 
@@ -643,7 +643,7 @@ class Matcher:
     def fork(self) -> "Matcher":
         "A copy that goes its own way."
         other = Matcher(self.constraint, self.batch.max_depth, self.batch.history)
-        for a, b in zip(other.batch.state, self.batch.state): a[:] = b
+        for name in State._fields: getattr(other.batch.state, name)[:] = getattr(self.batch.state, name)
         if 0 in self.batch.threads: other.batch.threads[0].__dict__.update(self.batch.threads[0].__dict__ | {"history": list(self.batch.threads[0].history)})
         return other
 
