@@ -22,6 +22,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+import compiled  # noqa: E402
+
 NBS, OUT = ROOT / "nbs", ROOT / "docs" / "_build" / "executed"
 QUIET = {"PLOTLY_RENDERER": "plotly_mimetype", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1"}
 CELL_TIMEOUT_S = 600
@@ -72,7 +75,7 @@ def run(path, flags, state, force):
     client = Runner(nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.left_out_flags = flags
     start = time.time()
-    try: client.execute(env={**os.environ, **QUIET})
+    try: client.execute(env={**os.environ, **QUIET, **compiled.KERNEL})
     except CellExecutionError as e:
         at = next(i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", [])))
         head = nb.cells[at].source.strip().splitlines()[:6]

@@ -10,10 +10,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import compiled
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_MS = 180_000
+PATIENCE_MS, CELL_PATIENCE_MS = 180_000, 600_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles
 TECHNIQUE, GALLERY = "serving/13_past_future.ipynb", "serving/19_views.ipynb"
 
 
@@ -31,7 +32,7 @@ def lab(tmp_path_factory):
     shutil.copy(ROOT / "settings.ini", home)
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
            "IPYTHONDIR": str(home / "ipython"), "JUPYTER_CONFIG_PATH": str(ROOT / ".ci/jupyter"), "OMP_NUM_THREADS": "1", "MODELTC_LAB_RESULTS_DIR": str(ROOT / "docs/results"),
-           "MODELTC_LAB_DATA_DIRS": str(ROOT.parent / "shared" / "data")}
+           "MODELTC_LAB_DATA_DIRS": str(ROOT.parent / "shared" / "data"), **compiled.KERNEL}
     env.pop("PLOTLY_RENDERER", None)
     with open(home / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=",
@@ -75,8 +76,21 @@ def opened(lab, browser, path):
     page.wait_for_function("[...document.querySelectorAll('.jp-Toolbar-kernelName, .jp-KernelName')].some(e => e.textContent.includes('Python'))")
     page.click("text=Run >> nth=0")
     page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-    page.wait_for_function(FINISHED)
+    wait_until_run(page, path)
     return page
+
+
+def wait_until_run(page, path):
+    "Wait for the end of a run, as long as one cell after the other ends; otherwise say where it stands."
+    from playwright.sync_api import TimeoutError as Late
+    cells = [s for s in sources(path) if s.strip()]
+    state = {"run": 0}
+    while not state.get("over"):
+        try: state = page.wait_for_function(PROGRESS, arg=[state["run"], len(cells)], timeout=CELL_PATIENCE_MS).json_value()
+        except Late:
+            state = page.evaluate(PROGRESS, [-1, len(cells)])
+            pytest.fail(f"{path}: {state['run']} of {len(cells)} cells have run, none ended in the last {CELL_PATIENCE_MS // 1000} s; kernel {state['kernel']!r}, waiting {state['waiting']}, "
+                        f"failed {state['failed']}, in {state['now']!r}; page errors {page.errors}; dialog {page.locator('.jp-Dialog').all_text_contents()}")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +109,14 @@ def gallery(lab, browser):
     page.close()
 
 
-# Every code cell has been counted or the kernel says idle with no cell waiting, and the widgets' cells have figures.
-FINISHED = """() => {
-  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent);
-  const status = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
-  return status === 'idle' && prompts.some(p => /\\d/.test(p)) && !prompts.some(p => p.includes('*'));
+# Where a run stands, when it is further than before: over when the kernel is idle, no cell waits, and all have been counted or one has failed (those after it do not run).
+PROGRESS = """([before, cells]) => {
+  const code = [...document.querySelectorAll('.jp-CodeCell')], prompt = c => c.querySelector('.jp-InputArea-prompt')?.textContent ?? '';
+  const run = code.filter(c => /\\d/.test(prompt(c))).length, waiting = code.filter(c => prompt(c).includes('*'));
+  const failed = document.querySelectorAll("[data-mime-type='application/vnd.jupyter.error']").length;
+  const kernel = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
+  const over = kernel === 'idle' && !waiting.length && (run >= cells || failed > 0);
+  return (over || run > before) && {over, run, failed, kernel, waiting: waiting.length, now: waiting[0]?.querySelector('.cm-line')?.textContent ?? ''};
 }"""
 
 
@@ -111,11 +128,14 @@ def widget(page, index):
     return cell
 
 
+def sources(path):
+    "Code cells of a notebook."
+    return ["".join(c["source"]) for c in json.loads((ROOT / "nbs" / path).read_text())["cells"] if c["cell_type"] == "code"]
+
+
 def cells_with(name, path=TECHNIQUE):
     "Place of the code cell that shows a widget."
-    nb = json.loads((ROOT / "nbs" / path).read_text())
-    sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    return next(i for i, s in enumerate(sources) if s.startswith(f"{name} = "))
+    return next(i for i, s in enumerate(sources(path)) if s.startswith(f"{name} = "))
 
 
 STATE = "el => { const g = el.querySelector('.js-plotly-plot'); return JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]); }"
@@ -140,8 +160,8 @@ def press(slider, key="ArrowRight"):
 @pytest.mark.parametrize("name", ["notebook", "gallery"])
 def test_no_cell_failed(name, request):
     notebook = request.getfixturevalue(name)
-    assert notebook.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
-    assert notebook.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert notebook.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").all_text_contents() == []
+    assert notebook.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").all_text_contents() == []
 
 
 def test_memory_timeline_every_control(notebook):
@@ -205,9 +225,7 @@ def test_simulator_check_every_control(gallery):
 
 
 def test_twin_slider_moves_in_the_notebook(notebook):
-    nb = json.loads((ROOT / "nbs/serving/13_past_future.ipynb").read_text())
-    sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    cell = widget(notebook, sources.index("views.memory_timeline_twin()"))
+    cell = widget(notebook, sources(TECHNIQUE).index("views.memory_timeline_twin()"))
     rail = cell.locator(".slider-rail-touch-rect")
     rail.wait_for()
     moves(notebook, cell, lambda: rail.click(position={"x": 6, "y": 6}))
