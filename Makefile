@@ -77,9 +77,10 @@ gpu:  ## on a machine with a GPU: kernel tests, then benchmarks, records into do
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels -q --import-mode=importlib -p no:cacheprovider
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_paged_decode.py
 
-peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's scheduler, each in an environment of its own (fetches vLLM, a third of a gigabyte)
+peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's scheduler and structured outputs, each in an environment of its own (fetches vLLM, a third of a gigabyte)
 	PYTHON=$(PY) bash tests/peers/transformers_versions.sh
 	PYTHON=$(PY) bash tests/peers/vllm_scheduler.sh
+	PYTHON=$(PY) bash tests/peers/vllm_structured.sh
 
 browser: docs  ## the tests that drive a real browser
 	$(PY) -m pytest tests/browser -q

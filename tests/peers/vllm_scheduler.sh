@@ -37,4 +37,4 @@ echo "what pip now calls missing or incompatible is what vLLM needs for everythi
 "${pip[@]}" -r "$folder/needs.txt"
 
 export OMP_NUM_THREADS=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" "$root/tests/peers/check_vllm.py" "$@"
+exec "$python" "$root/tests/peers/${MODELTC_CHECK:-check_vllm.py}" "$@"
