@@ -351,19 +351,25 @@ def validate(
     clock: str | None = None,         # cpu (time of the engine's thread) or wall; default: cpu, and wall on cuda
     seed: int = 0,                    # of prompts, orders and the calibration
     cost: str | None = None,          # a calibrated model instead of calibrating: a file of `calibrate`
+    results: str | None = None,       # also write records into this folder: engine_validation, or engine_validation_cuda
     json: bool = False,               # print JSON instead of a table
 ) -> None:
     "How right is the simulator on this machine? Engine and simulator side by side, the error split by cause, beside the engine's own noise."
     from dataclasses import replace
 
+    from modeltc_lab.core.cli import _writable
     from modeltc_lab.core.models import load_model
+    from modeltc_lab.core.results import write
     from modeltc_lab.serving.cost import Calibrated
-    from modeltc_lab.serving.validation import QUICK, Protocol
+    from modeltc_lab.serving.validation import QUICK, Protocol, validation_records
     from modeltc_lab.serving.validation import validate as compared
     given: dict[str, Any] = dict(seed=seed, sla=_sla(sla), clock=_clock(clock, device), requests=requests, repeats=repeats, prompt_over=prompt_over, output_over=output_over, capacity=capacity, page=page, token_budget=token_budget, longest=longest, most=most,
                  traces=tuple(trace) or None, policies=tuple(policy) or None, loads=tuple(load) or None)
     protocol = replace(QUICK if quick else Protocol(), **{k: v for k, v in given.items() if v is not None})
-    report, _ = compared(protocol, _on(load_model(model, seed), device), None if cost is None else Calibrated.from_json(cost), progress=not json)
+    if results is not None: _writable(Path(results))
+    report, cases = compared(protocol, _on(load_model(model, seed), device), None if cost is None else Calibrated.from_json(cost), progress=not json)
+    report["protocol"]["model"] = model
+    if results is not None: write(validation_records(report, cases, "engine_validation" if device == "cpu" else f"engine_validation_{device}"), Path(results))
     print(_json(report) if json else _verdict(report))
 
 
@@ -374,7 +380,7 @@ def _verdict(r: dict[str, Any]) -> str:
     mean = lambda e: f"{e['mean']:+.2%} ({e['low']:+.2%} to {e['high']:+.2%})"
     lines = [f"schedule: {r['schedule_mismatches']} mismatches in {r['passes_compared']} passes replayed", "",
              *(f"{kind} passes: {e['passes']:6.0f}, error {e['median']:.1%} in the median, {e['p90']:.1%} in nine of ten, bias {e['bias']:+.1%}" for kind, e in r["iteration_error"].items()), "",
-             f"time spent computing {mean(r['busy_error'])}; throughput at full load {mean(r['throughput_error'])}; mean time to the last token {mean(r['e2e_error'])}", "",
+             f"time spent computing {mean(r['busy_error'])}; throughput{' at full load' if any(row['load'] >= 1 for row in r['end_to_end']['runs']) else ''} {mean(r['throughput_error'])}; mean time to the last token {mean(r['e2e_error'])}", "",
              f"{'absolute error, mean':22s}{'simulator':>10s}{'fixed':>9s}{'noise':>9s}   (fixed: the real schedule with modelled passes; noise: the engine against itself, {r['noise_floor']['repeats']} runs)"]
     lines += [f"{key:22s} {share(error, key)}{share(fixed, key)}{share(noise, key)}" for key in error]
     return "\n".join([*lines, "", f"the simulator was {r['speedup']['factor']:,.0f} times faster than the engine"])
@@ -395,4 +401,4 @@ sim.__option_groups__ = {  # type: ignore[attr-defined]
     "Measuring": ["sla", "warmup", "drain", "until"], "Frontier": ["frontier", "rates"], "Output": ["json", "report"]}
 validate.__option_groups__ = {  # type: ignore[attr-defined]
     "What is run": ["quick", "trace", "policy", "load", "requests", "repeats", "prompt_over", "output_over", "cost"], "Engine": ["model", "device", "capacity", "page", "token_budget", "longest", "most", "clock", "seed"],
-    "Output": ["sla", "json"]}
+    "Output": ["sla", "results", "json"]}

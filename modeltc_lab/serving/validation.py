@@ -143,6 +143,7 @@ def calibration_traffic(
     seed: int = 0,            # of the mixed part
 ) -> list[Workload]:          # to be served one after the other
     "Traffic that tells the features of a pass apart: batches of every size at several KV lengths, read and then decoded together, and prompts among decodes."
+    if longest < 8 or most < 1: raise ValueError(f"longest={longest}, most={most}: need prompts of at least 8 tokens and batches of at least 1 request")
     reply = 8
     at_once = lambda n, prompt: Workload.build(f"{n} x {prompt}", np.zeros(n), np.full(n, prompt), np.full(n, reply), max_new_tokens=reply, generated=True)
     sizes = [b for b in (1, 2, 4, 8, 16, 24, 32, 48, 64, 128) if b <= most]
@@ -242,12 +243,22 @@ class Protocol:
     clock: Any = "cpu"         # cpu, wall, or a cost model: the engine is then emulated
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("traces", "loads", "policies"):
+            if not getattr(self, name): raise ValueError(f"{name}=(): need at least 1")
+        for name, least in (("prompt_over", 1), ("output_over", 1), ("requests", 1), ("repeats", 3), ("rounds", 1)):
+            if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)}: need at least {least}")
+        for load in self.loads:
+            if not 0 < load < float("inf"): raise ValueError(f"loads={self.loads}: {load} is no load; need finite shares above 0 of what the engine sustains")
+        for policy in self.policies: make_policy(policy)
+
     def traffic(self, trace: str) -> Workload:
         "The first requests of a trace, shortened, as far as they fit alone."
         w = Workload.load(trace).head(4 * self.requests)
         prompt, output = (np.maximum(v // over, 1) for v, over in ((w.prompt, self.prompt_over), (w.sealed_output, self.output_over)))
-        keep = np.flatnonzero(prompt + output <= min(self.capacity // 2, 2 * self.longest))[:self.requests]
-        if len(keep) < self.requests: raise ValueError(f"traces: {trace} has {len(keep)} requests that fit {self.capacity} slots, need {self.requests}; raise capacity or prompt_over")
+        room = min(self.capacity // 2, 2 * self.longest)
+        keep = np.flatnonzero(prompt + output <= room)[:self.requests]
+        if len(keep) < self.requests: raise ValueError(f"traces: {trace} has {len(keep)} requests that fit {room} tokens (half the capacity, twice longest), need {self.requests}; raise capacity, longest or prompt_over")
         return Workload.build(trace, w.arrival_s[keep] - w.arrival_s[keep[0]], prompt[keep], output[keep], generated=w.generated)
 
 

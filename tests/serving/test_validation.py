@@ -2,15 +2,17 @@
 import json
 import logging
 from dataclasses import replace
+from time import thread_time
 
 import numpy as np
 import pytest
 
 from modeltc_lab.core.models import random_llama
+from modeltc_lab.core.results import pick, read
 from modeltc_lab.serving.cost import Calibrated, Recorded
 from modeltc_lab.serving.engine import HFExecutor, stub_model
 from modeltc_lab.serving.past_future import AdaptivePastFuture
-from modeltc_lab.serving.policies import HFFifo
+from modeltc_lab.serving.policies import Aggressive, HFFifo
 from modeltc_lab.serving.token_sim import SLA, simulate
 from modeltc_lab.serving.validation import (
     Protocol,
@@ -122,9 +124,19 @@ def test_gaps_add_up_to_the_time_between_first_and_last_token(served):
     with pytest.raises(ValueError, match="simulate with record=True"): token_gaps(simulate(w, AdaptivePastFuture(), 512))
 
 
-def test_planning_of_a_policy_costs_something_and_fifo_nothing_more(served):
+def test_the_time_a_policy_takes_to_plan_is_found(served):
     executor, _, _ = served
-    assert 0 <= planning_s(executor, AdaptivePastFuture()) < 0.01
+    assert planning_s(executor, Slow()) > 0.5 * Slow.seconds
+
+
+class Slow(Aggressive):
+    "Takes its time after every pass with decodes."
+
+    seconds = 1e-3
+
+    def on_pass(self):
+        end = thread_time() + self.seconds
+        while thread_time() < end: continue
 
 
 def test_noise_and_intervals_by_hand():
@@ -158,7 +170,7 @@ def test_records_hold_what_the_figure_needs(emulated):
     with pytest.raises(ValueError, match="need one of"): simulator_check(records, "nobody")
 
 
-def test_validate_quick(capsys):
+def test_validate_quick(capsys, tmp_path):
     "The command as a user runs it, on this machine's processor: the schedule is exact, and every part is there."
     from modeltc_lab.core.cli import main
     assert main(["validate", "--quick", "--json"]) == 0
@@ -167,13 +179,20 @@ def test_validate_quick(capsys):
     assert len(report["end_to_end"]["runs"]) == 4 and report["noise_floor"]["repeats"] == 5 and set(report["iteration_error"]) >= {"decode", "mixed"}
     error = report["throughput_error"]
     assert error["low"] <= error["mean"] <= error["high"] and report["speedup"]["factor"] > 50
-    assert main(["validate", "--quick", "--requests", "12", "--repeats", "3", "--policy", "hf_fifo", "--load", "1.1", "--longest", "64", "--most", "4"]) == 0
-    assert capsys.readouterr().out.startswith("schedule: 0 mismatches in ")
+    small = ["validate", "--quick", "--requests", "12", "--repeats", "3", "--policy", "hf_fifo", "--longest", "64", "--most", "4"]
+    assert main([*small, "--load", "0.5", "--results", str(tmp_path)]) == 0
+    told, (written,) = capsys.readouterr().out, tmp_path.rglob("*.json")
+    assert told.startswith("schedule: 0 mismatches in ") and "; throughput " in told and "full load" not in told        # half the load is not the full one
+    records = read("serving", "engine_validation", tmp_path)
+    assert written.parent.name == "engine_validation" and pick(records, metric="mismatches").median == 0 and checked_runs(records) == ["sharegpt, 50%, hf_fifo"] and records[0].config["model"] == "random"
 
 
 def test_the_commands_refuse(capsys, tmp_path):
     from modeltc_lab.core.cli import main
+    (tmp_path / "file").write_text("")
     for words, text in ((["validate", "--clock", "sun"], "--clock 'sun'"), (["validate", "--device", "tpu"], "--device 'tpu'"), (["validate", "--sla", "1"], "--sla '1'"), (["validate", "--model", "no/where"], "model='no/where'"),
+                        (["validate", "--repeats", "2"], "repeats=2: need at least 3"), (["validate", "--load", "0"], "0.0 is no load"), (["validate", "--policy", "nobody"], "policy='nobody'"), (["validate", "--prompt-over", "0"], "prompt_over=0"),
+                        (["validate", "--longest", "4"], "requests that fit 8 tokens"), (["validate", "--most", "0"], "most=0"), (["validate", "--results", str(tmp_path / "file" / "x")], "results folder"),
                         (["calibrate", str(tmp_path / "no" / "x.json")], "its folder does not exist"), (["validate", "--device", "cuda", "--clock", "cpu"], "--clock cpu")):
         assert main(words) == 2 and text in capsys.readouterr().err
 
