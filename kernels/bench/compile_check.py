@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.backends.nvidia as nvidia  # noqa: E402
+from modeltc_kernels import constrained as cd  # noqa: E402
 from modeltc_kernels import paged_decode as pd  # noqa: E402
 from rows import row, save  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -32,7 +33,7 @@ LIMITS = {"stack": 0, "spill stores": 0, "spill loads": 0, "shared memory": 227 
 BUDGET_TRITON = "3.6"  # the release the budgets below were read with
 # What the common variants may use so that three programs stay on a processor: 65536 registers of 128 threads, 228 KiB less 1 KiB each.
 BUDGETS = {"bf16 e=128 page=16 GQA 4": {"registers": 168, "shared memory": 75 * 1024}, "bf16 e=128 page=1 GQA 4 ": {"registers": 168, "shared memory": 75 * 1024},
-           "merge": {"registers": 64, "shared memory": 8 * 1024}}
+           "paged_decode merge": {"registers": 64, "shared memory": 8 * 1024}}
 FWD = dict(q_ptr="*{t}", k_ptr="*{t}", v_ptr="*{t}", table_ptr="*i32", length_ptr="*i32", part_ptr="*{o}", lse_ptr="*fp32", scale="fp32", heads="i32", splits="i32",
            stride_qn="i32", stride_qh="i32", stride_ks="i32", stride_kh="i32", stride_vs="i32", stride_vh="i32", stride_tn="i32")
 MERGE = dict(part_ptr="*fp32", lse_ptr="*fp32", out_ptr="*{t}", splits="i32")
@@ -62,9 +63,39 @@ VARIANTS = {f"paged_decode {kind} e={e} page={page} GQA {group}" + (" split" if 
 VARIANTS |= {f"paged_decode merge {kind} e={e} splits={s}": merge(kind, e, s) for kind, e, s in (("bf16", 128, 8), ("bf16", 128, 32), ("fp32", 128, 32), ("fp32", 256, 32))}
 
 
+CD = dict(delta_ptr="*i32", emit_ptr="*i32", plen_ptr="*i32", pat_ptr="*i32", text_ptr="*u8", off_ptr="*i32", kind_ptr="*i8", keys_ptr="*i64", values_ptr="*i32", where_ptr="*i64",
+          action_ptr="*i16", goto_ptr="*i16", size_ptr="*i16", lhs_ptr="*i16", column_ptr="*i16", rows_ptr="*i32", stop_ptr="*i32", grammar_ptr="*i32", q_ptr="*i32", sp_ptr="*i32",
+          stack_ptr="*i16", over_ptr="*i8", row_ptr="*i32", log_ptr="*i16", logged_ptr="*i64", length_ptr="*i64", marks_ptr="*i64", what_ptr="*i32", flag_ptr="*i32", miss_ptr="*i64",
+          tokens_ptr="*i64", steps_ptr="*i64", logits_ptr="*{t}", few_start_ptr="*i32", few_size_ptr="*i32", few_ptr="*i32", ids_ptr="*i32", indices_ptr="*i64", part_ptr="*i64", out_ptr="*{o}",
+          temperature_ptr="*fp32", seeds_ptr="*i64")  # anything else is a number
+
+
+def constrained(name, kind="bf16", out="i64", **const):
+    "A kernel of the constrained family as the launcher would build it; logits are integers to the one that only writes."
+    fn, chosen = getattr(cd, f"{name}_kernel"), dict(cd.launch_options(name))
+    options = {k: chosen.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in chosen}
+    const = {**chosen, **const}
+    kind = {"bf16": "i16", "fp16": "i16", "fp32": "i32"}[kind] if name == "gather_apply" else kind
+    return fn, {k: CD.get(k, "i32").format(t=kind, o=out) for k in fn.arg_names if k not in const}, const, options
+
+
+LOGITS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONSTRAINED = {"constrained advance_classify": constrained("advance_classify"), "constrained take_back": constrained("take_back"), "constrained fill_bitmask": constrained("fill_bitmask", out="i32")}
+for kind in LOGITS:
+    CONSTRAINED[f"constrained gather_apply {kind}"] = constrained("gather_apply", kind, LOW=cd.DTYPES[LOGITS[kind]][1], INDEXED=False)
+    CONSTRAINED[f"constrained masked_argmax {kind} lists"] = constrained("masked_argmax", kind, INDEXED=False, LISTED=True)
+CONSTRAINED["constrained gather_apply bf16 indexed"] = constrained("gather_apply", LOW=cd.DTYPES[torch.bfloat16][1], INDEXED=True)
+CONSTRAINED["constrained masked_argmax bf16 indexed"] = constrained("masked_argmax", INDEXED=True, LISTED=False)
+CONSTRAINED |= {f"constrained masked_argmax_merge splits={s}": constrained("masked_argmax_merge", SPLITS_PAD=s) for s in (1, 8, 128, 1024)}
+for k in (2, 32, 64):
+    CONSTRAINED[f"constrained masked_topk bf16 k={k} lists"] = constrained("masked_topk", INDEXED=False, LISTED=True, K_PAD=k)
+    CONSTRAINED[f"constrained masked_topk_sample k={k}, 64 pieces"] = constrained("masked_topk_sample", BLOCK=64 * k, K_PAD=k)
+VARIANTS |= CONSTRAINED
+
+
 def compile_variant(fn, signature, const, options):
-    "To a cubin for sm_90; pointers and strides are assumed to be multiples of 16, as those of real tensors are."
-    attrs = {(i,): [["tt.divisibility", 16]] for i, (k, v) in enumerate(signature.items()) if v.startswith("*") or (k.startswith("stride") and k != "stride_tn")}
+    "To a cubin for sm_90; pointers, strides and columns are assumed to be multiples of 16, as those of real tensors are; page tables and masks are as wide as they come."
+    attrs = {(i,): [["tt.divisibility", 16]] for i, (k, v) in enumerate(signature.items()) if v.startswith("*") or k == "columns" or (k.startswith("stride") and k not in ("stride_tn", "stride_r", "stride_o"))}
     source = ASTSource(fn=fn, signature={**signature, **{k: "constexpr" for k in const}}, constexprs=const, attrs=attrs)
     return triton.compile(source, target=TARGET, options=options)
 
@@ -114,8 +145,9 @@ def main():
     else:
         for name, r in found.items(): print(f"{name:48s}" + "".join(f"  {k} {v}" for k, v in r.items()))
     if args.write:
-        rows = [row("paged_decode_resources", name, metric, UNITS[metric], [value], device=DEVICE) for name, r in found.items() for metric, value in r.items()]
-        print(f"{len(rows)} records in {save(rows)}", file=sys.stderr)
+        for family in ("paged_decode", "constrained"):
+            rows = [row(f"{family}_resources", name, metric, UNITS[metric], [value], device=DEVICE) for name, r in found.items() if name.startswith(family) for metric, value in r.items()]
+            print(f"{len(rows)} records in {save(rows)}", file=sys.stderr)
     print(f"{len(found) - len(bad)} kernels compiled for {ARCH} with triton {triton.__version__} within their limits, {len(bad)} not", file=sys.stderr if args.json else sys.stdout)
     for line in bad: print("over budget:", line, file=sys.stderr)
     return 1 if bad else 0
