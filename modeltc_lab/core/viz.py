@@ -83,7 +83,11 @@ for _name, _label, _color, _symbol in (
     ("conservative_tuned", "Conservative, tuned", "#8a8a2a", "square-open"), ("vllm", "vLLM", "#e07b39", "triangle-left"), ("sarathi", "Sarathi", "#c9a227", "triangle-right"),
     ("lightllm", "LightLLM", "#d98cc0", "diamond-open"), ("static", "Static batching", "#6b6b6b", "hourglass"), ("dynamic", "Dynamic batching", "#9a9a9a", "bowtie"),
     ("modeltc_lab", "modeltc_lab", "#0072b2", "circle-x"), ("simpy", "SimPy", "#d55e00", "circle-cross"),
-    ("real", "real engine", "#d55e00", "circle"), ("simulated", "simulated", "#0072b2", "diamond")):
+    ("real", "real engine", "#d55e00", "circle"), ("simulated", "simulated", "#0072b2", "diamond"),
+    ("modeltc_lab_full", "modeltc_lab, all made in advance", "#1b3f8b", "star-diamond"), ("glrmask", "glrmask", "#009e73", "square"), ("llguidance", "llguidance", "#e69f00", "triangle-up"),
+    ("xgrammar", "xgrammar", "#b03a6b", "diamond"), ("xgrammar_ebnf", "xgrammar, EBNF by hand", "#b03a6b", "diamond-open"), ("xgrammar_json", "xgrammar, built-in JSON", "#b03a6b", "diamond-dot"),
+    ("kbnf", "kbnf", "#8a8a2a", "pentagon"), ("outlines_core", "outlines-core", "#56b4e9", "hexagon"), ("lmformatenforcer", "lm-format-enforcer", "#7f6fb3", "star"),
+    ("copy", "copy of the rows", "#6b6b6b", "line-ew"), ("unconstrained", "without a constraint", "#6b6b6b", "cross")):
     register_method(_name, _label, _color, _symbol)
 
 

@@ -197,4 +197,4 @@ def generate(
 
 
 COMMANDS = {"mask": mask, "compile": compile, "generate": generate}
-EXPERIMENTS: dict[str, str] = {}
+EXPERIMENTS: dict[str, str] = {f"decoding/{name}": f"modeltc_lab.compare.decoding:{name}" for name in ("mask_speed", "batch_speed", "exactness", "end_to_end", "schema_coverage_peers")}
