@@ -128,6 +128,7 @@ class Scanner:
         self.members: list[Members] = []
         self.memory: list[tuple[int, bytes]] = []     # pattern last completed, and the bytes since
         self.delta, self.emit = np.empty((64, 256), np.int32), np.empty(64, np.int32)
+        self.begun = np.ones(64, np.bool_)              # has a byte of the lexeme been read?
         self.plen, self.pat, self.pend = np.empty(64, np.int32), np.empty(64, np.int32), np.zeros(64, np.uint8)  # bytes since the pattern was complete: how many, where they lie, all on end
         self.pended = 0
         self.closed = 0
@@ -241,13 +242,13 @@ class Scanner:
         n = self.states[key] = len(self.members)
         if n >= self.limit: raise GrammarError(f"the lexer has more than {self.limit:,} states; the last one was in the middle of {', '.join(self.terminals[l].name for l, _ in members[:5])}"
                                                + (f" with {pend!r} read since {self.terminals[done].name} was complete; make one of them not a beginning of the other" if pend else ""))
-        if n == len(self.delta): self.delta, self.emit, self.plen, self.pat = (np.concatenate([a, np.empty_like(a)]) for a in (self.delta, self.emit, self.plen, self.pat))
+        if n == len(self.delta): self.delta, self.emit, self.plen, self.pat, self.begun = (np.concatenate([a, np.empty_like(a)]) for a in (self.delta, self.emit, self.plen, self.pat, self.begun))
         while self.pended + len(pend) > len(self.pend): self.pend = np.concatenate([self.pend, np.zeros_like(self.pend)])
         self.pat[n], self.pend[self.pended:self.pended + len(pend)] = self.pended, np.frombuffer(pend, np.uint8)
         self.pended += len(pend)
         self.members.append(members)
         self.memory.append((done, pend))
-        self.delta[n], self.emit[n], self.plen[n] = -1, max(done, -1), len(pend)
+        self.delta[n], self.emit[n], self.plen[n], self.begun[n] = -1, max(done, -1), len(pend), done != BEFORE
         return n
 
     def _expand(self, q: int) -> None:
