@@ -36,7 +36,7 @@ def lab(tmp_path_factory):
     env.pop("PLOTLY_RENDERER", None)
     with open(home / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=",
-                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0"], env=env, stdout=log, stderr=subprocess.STDOUT)
+                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0", "--expose-app-in-browser"], env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_up(port, server, home / "log")
             yield f"http://127.0.0.1:{port}"
@@ -71,11 +71,8 @@ def opened(lab, browser, path):
     page.on("pageerror", lambda e: page.errors.append(str(e)))
     page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
     page.goto(f"{lab}/lab/tree/{path}?reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-    page.wait_for_selector(".jp-NotebookPanel-toolbar")
-    page.wait_for_function("[...document.querySelectorAll('.jp-Toolbar-kernelName, .jp-KernelName')].some(e => e.textContent.includes('Python'))")
-    page.click("text=Run >> nth=0")
-    page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+    page.wait_for_function(READY, arg=path)
+    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
     wait_until_run(page, path)
     return page
 
@@ -109,6 +106,11 @@ def gallery(lab, browser):
     page.close()
 
 
+# The notebook is in front, its kernel answers, and JupyterLab would run its cells: a menu that is opened earlier lists a command that does nothing, and nothing ever runs.
+READY = """path => {
+  const app = window.jupyterapp, panel = app?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
+  return panel?.context?.path === path && panel.context.isReady && kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && app.commands.isEnabled('notebook:run-all-cells');
+}"""
 # Where a run stands, when it is further than before: over when the kernel is idle, no cell waits, and all have been counted or one has failed (those after it do not run).
 PROGRESS = """([before, cells]) => {
   const code = [...document.querySelectorAll('.jp-CodeCell')], prompt = c => c.querySelector('.jp-InputArea-prompt')?.textContent ?? '';
@@ -125,6 +127,7 @@ def widget(page, index):
     page.evaluate("i => document.querySelectorAll('.jp-CodeCell')[i].scrollIntoView({block: 'start'})", index)
     cell = page.locator(".jp-CodeCell").nth(index)
     cell.locator(".js-plotly-plot .main-svg").first.wait_for()
+    page.wait_for_function(DRAWN, arg=cell.element_handle())
     return cell
 
 
@@ -138,8 +141,10 @@ def cells_with(name, path=TECHNIQUE):
     return next(i for i, s in enumerate(sources(path)) if s.startswith(f"{name} = "))
 
 
+# A figure widget is drawn empty first; it is there when it has its title and its traces.
+DRAWN = "el => { const g = el.querySelector('.js-plotly-plot'); return g?.layout?.title?.text && g.data?.length; }"
 STATE = "el => { const g = el.querySelector('.js-plotly-plot'); return JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]); }"
-CHANGED = "([el, old]) => { const g = el.querySelector('.js-plotly-plot'); return g && JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]) !== old; }"
+CHANGED = "([el, old]) => { const g = el.querySelector('.js-plotly-plot'); return g?.layout?.title?.text && g.data && JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]) !== old; }"
 
 
 def moves(page, cell, act):
@@ -204,7 +209,7 @@ def test_serving_timeline_click_and_every_control(gallery):
     marked = re.match(r"request (\d+): wait", after[0])
     assert before[0].startswith("Aggressive") and marked and cell.locator("select").nth(1).locator("option:checked").text_content().strip() == marked[1]
     cell.locator("select").nth(1).select_option("none")
-    gallery.wait_for_function("el => el.querySelector('.js-plotly-plot').layout.title.text.startsWith('Aggressive')", arg=cell.element_handle())
+    gallery.wait_for_function("el => el.querySelector('.js-plotly-plot').layout?.title?.text?.startsWith('Aggressive')", arg=cell.element_handle())
     for i, key in enumerate(("ArrowRight", "ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowLeft")): moves(gallery, cell, lambda i=i, key=key: press(cell.locator(".noUi-handle").nth(i), key))
     assert moves(gallery, cell, lambda: cell.locator("select").nth(0).select_option("Oracle"))[1][0].startswith("Oracle")
 
