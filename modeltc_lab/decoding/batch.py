@@ -49,7 +49,7 @@ def _state(p):
                  carray(_pointer(p[8, 0]), (p[8, 1], p[8, 2], p[8, 3]), np.int64), _one(p, 9, np.int32), _two(p, 10, np.int16))
 
 # %% ../../nbs/decoding/22a_batch.ipynb #fd600523
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _walk(keys, values, node, tail, stack, b, sp):
     "Walk from a node down the stack of a sequence: the value for `tail` behind the answer; -1: not known."
     i = sp
@@ -61,7 +61,7 @@ def _walk(keys, values, node, tail, stack, b, sp):
         else: return _find(keys, values, np.int64(-2 - v) << BITS | np.int64(tail))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _row_of(t, s, b):
     "Row of a sequence; -1: not known yet."
     q = s.q[b]
@@ -80,14 +80,14 @@ def _first(tables, state, b):
     return v
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _missing(s, b, sp):
     "Keep the stack for which the lexer state before the next lexeme is not known."
     s.miss[b] = sp
     for i in range(sp): s.missed[b, i] = s.stack[b, i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _read(t, s, b, text, i, end, feed):
     "Read bytes: `FINE`, or what was in the way (then the state is as before)."
     g = s.grammar[b]
@@ -145,7 +145,7 @@ def _read(t, s, b, text, i, end, feed):
     return what
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _restore(s, b, sp, began):
     "Put back what the stack held when it was this high and so much had been logged."
     log, room = s.log[b], s.log.shape[1]
@@ -153,7 +153,7 @@ def _restore(s, b, sp, began):
     s.logged[b] = began
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _mark(s, b):
     m = s.marks[b, s.length[b] % s.marks.shape[1]]
     m[0], m[1], m[2], m[3] = s.q[b], s.sp[b], s.logged[b], s.over[b]
@@ -208,7 +208,7 @@ def _advance(tables, state, tokens, rows, what, feed):
 def _rows(tables, state, out, stop):
     "Row of every sequence: -1 not constrained, -2 not known yet; the number of those, and whether a stack is nearly full."
     t, s = _tables(tables), _state(state)
-    left, high = 0, False
+    left, high, depth = 0, False, 3 * s.stack.shape[1] // 4
     for b in range(len(out)):
         if s.grammar[b] < 0: out[b] = -1      # not constrained, or followed elsewhere
         elif s.over[b]: out[b] = stop
@@ -216,7 +216,7 @@ def _rows(tables, state, out, stop):
             row = _row_of(t, s, b)
             out[b] = row if row >= 0 else -2
             left += row < 0
-            high |= s.sp[b] > 3 * s.stack.shape[1] // 4
+            high |= s.sp[b] > depth
     return left, high
 
 

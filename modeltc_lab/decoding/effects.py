@@ -53,6 +53,10 @@ class Table:
 
     def __init__(self) -> None: self.keys, self.values, self.count = np.full(1024, -1, np.int64), np.empty(1024, np.int32), 0
 
+    def room(self, entries: int) -> None:
+        "See to it that so many entries more can be written."
+        while 2 * (self.count + entries) > len(self.keys): self.keys, self.values = _twice(self.keys, self.values)
+
     def put(
         self,
         node: int,
@@ -60,7 +64,7 @@ class Table:
         value: int,  # not -1
     ) -> None:
         "Write an entry."
-        if 2 * self.count >= len(self.keys): self.keys, self.values = _twice(self.keys, self.values)
+        self.room(1)
         self.count += _find(self.keys, self.values, node << BITS | x) == -1
         _put(self.keys, self.values, node << BITS | x, value)
 

@@ -532,13 +532,36 @@ def _scratch(p):
 
 
 @njit(cache=True, nogil=True)
-def _follow(keys, values, node, stack, sp, low):
-    "Walk known entries from the top of a stack down to the cell above `low`; the node there, or the height where the next entry is missing."
+def _row(p, scratch, number, q, base, sp, stop):
+    "Row of a lexer state and a stack, in `scratch.words`: `FINE`, `UNKNOWN` or `FULL`; and the lowest cell that decides on it."
+    what, deep = _simulate(p, scratch, number, q, base, sp)
+    if what != FINE: return what, deep
+    what, yes, low = _ends(p, scratch, number, q, base, sp)
+    if yes:
+        words = _scratch(scratch).words
+        for w in range(len(words)): words[w] |= stop[w]
+    return what, min(deep, low)
+
+
+@njit(cache=True, nogil=True)
+def _enter(keys, values, key, value, made):
+    "The value of a key, written if it is not there."
+    v = _find(keys, values, key)
+    if v != -1: return v
+    _put(keys, values, key, value)
+    made[1] += 1
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _remember(keys, values, node, tail, stack, sp, low, value, answer, made):
+    "Write the path down a stack to a value; `made` holds the next free number and the entries of the table."
     for i in range(sp - 1, low, -1):
-        v = _find(keys, values, np.int64(node) << BITS | np.int64(stack[i]))
-        if v < 0: return np.int64(node), i
+        v = _enter(keys, values, np.int64(node) << BITS | np.int64(stack[i]), np.int32(made[0]), made)
+        if v == made[0]: made[0] += 1
         node = np.int64(v)
-    return np.int64(node), low
+    _enter(keys, values, np.int64(node) << BITS | np.int64(stack[low]), np.int32(-2 - answer), made)
+    _enter(keys, values, np.int64(answer) << BITS | np.int64(tail), np.int32(value), made)
 
 # %% ../../nbs/decoding/22_pre3.ipynb #f0ba4c9d
 @njit(cache=True, nogil=True)
@@ -558,7 +581,8 @@ class Engine:
         stop, size = set(vocabulary.eos_ids), vocabulary.size
         kept = [b"" if t is None or i in stop else t for i, t in enumerate(vocabulary.tokens)]
         self.vocabulary, self.scanner, self.table, self.width = vocabulary, Scanner(kept), Table(), (size + 31) // 32
-        self.nodes: list[Node | None] = []
+        self.nodes: dict[int, Node] = {}
+        self.made = np.zeros(2, np.int64)                # numbers given away, and entries of the table
         self.automata: list[Automaton] = []
         self.roots: dict[int, Automaton] = {}
         self.rows, self.count = np.zeros((16, self.width), np.int32), 0
@@ -588,8 +612,10 @@ class Engine:
 
     def number(self, node: Node | None) -> int:
         "A number for a node, of whichever grammar."
-        self.nodes.append(node)
-        return len(self.nodes) - 1
+        n = int(self.made[0])
+        self.made[0] += 1
+        if node is not None: self.nodes[n] = node
+        return n
 
     def add(
         self,
@@ -612,7 +638,7 @@ class Engine:
     ) -> int:       # its value
         "Make an entry that a walk missed."
         self.misses += 1
-        n = self.nodes[node]
+        n = self.nodes.get(node)
         if n is None: value = self.roots[node].root(x)
         elif n.items is not None: value = n.owner.expand(n, x)
         elif x == CONTEXT: value = self.scanner.start(l for l, yes in zip(n.owner.labels, unpack(n.accepted)) if yes)
@@ -631,8 +657,10 @@ class Engine:
         a = self.automata[number]
         if a.remembered < 0: self.look(a.context if tail == CONTEXT else self.get(a.roots, tail), tail, stack.tolist())
         elif tail == CONTEXT: self.remember(a.remembered, tail, stack, *self._known_start(a, number, stack))
-        else: self.remember(self._inner(a.remembered + 1, tail), tail, stack, *self._known_row(number, tail, stack))
-        self.refresh()
+        else:
+            root = self.table.get(a.remembered + 1, tail)
+            if root == -1: self.table.put(a.remembered + 1, tail, root := self.number(None))
+            self.remember(root, tail, stack, *self._known_row(number, tail, stack))
 
     def _known_start(self, a: Automaton, number: int, stack: NDArray[np.int16]) -> tuple[int, int]:
         "Lexer state before the next lexeme, and the lowest cell that decides on it."
@@ -644,10 +672,8 @@ class Engine:
 
     def _known_row(self, number: int, q: int, stack: NDArray[np.int16]) -> tuple[int, int]:
         "Row of a lexer state, and the lowest cell that decides on it."
-        while (found := _simulate(self.at, self._scratch_at, number, q, stack, len(stack)))[0] != FINE: self._make(number, found[0])
-        words = self.scratch.words.copy()
-        yes, low = self.ends(number, q, stack)
-        return self.intern(self._stopping(words) if yes else words), min(found[1], low)
+        while (found := _row(self.at, self._scratch_at, number, q, stack, len(stack), self.rows[self.stop]))[0] != FINE: self._make(number, found[0])
+        return self.intern(self.scratch.words), found[1]
 
     def ends(
         self,
@@ -668,12 +694,6 @@ class Engine:
         else: self.know(number, CONTEXT, self.scratch.stack[:height].copy())
         self.refresh()
 
-    def _inner(self, node: int, x: int) -> int:
-        "The node behind an entry, made if it is not there."
-        value = self.table.get(node, x)
-        if value == -1: self.table.put(node, x, value := self.number(None))
-        return value
-
     def remember(
         self,
         node: int,                 # to walk from
@@ -684,12 +704,13 @@ class Engine:
     ) -> None:
         "Write down the value for all stacks with these top states."
         self.misses += 1
-        low = min(low, len(stack) - 1)
-        for state in stack[:low:-1].tolist(): node = self._inner(node, state)
         kind = value, int(tail == CONTEXT)
         if kind not in self.answers: self.answers[kind] = self.number(None)
-        self.table.put(node, int(stack[low]), -2 - self.answers[kind])
-        self.table.put(self.answers[kind], tail, value)
+        self.table.room(len(stack) + 2)
+        self.made[1] = self.table.count
+        _remember(self.table.keys, self.table.values, node, tail, stack, len(stack), min(low, len(stack) - 1), value, self.answers[kind], self.made)
+        self.table.count = int(self.made[1])
+        self.refresh()
 
     def get(self, node: int, x: int) -> int:
         "An entry, made if it is not there."
