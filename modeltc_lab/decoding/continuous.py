@@ -37,7 +37,7 @@ class Carried:
 
     def __deepcopy__(self, memo: Any) -> "Carried": return self
 
-# %% ../../nbs/decoding/24b_continuous.ipynb #71c45809
+# %% ../../nbs/decoding/24b_continuous.ipynb #8bf2149b
 class RequestConstraints(ContinuousBatchingLogitsProcessor):
     "Keeps each request of transformers' continuous batching inside its own grammar."
 
@@ -156,7 +156,6 @@ class RequestConstraints(ContinuousBatchingLogitsProcessor):
         batch.threads.pop(b, None)
         if constraint.ambiguous: batch.threads[b] = Threads(constraint, self.max_depth)
         batch.state.grammar[b] = -1 if constraint.ambiguous else constraint.number
-        batch._point()
         batch.reset([b])
         self.read[b] = 0
 

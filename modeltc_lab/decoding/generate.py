@@ -19,18 +19,25 @@ if TYPE_CHECKING:
 class ConstraintLogitsProcessor:
     "Keeps what `model.generate` writes inside a grammar; pass it in `logits_processor=[...]`."
 
+    supports_continuous_batching = False   # see `modeltc_lab.decoding.continuous`
+
     def __init__(
         self,
         constraint: CompiledConstraint | Sequence[CompiledConstraint | None],  # one for all prompts, or one for each; `None`: free
         max_depth: int = 1024,                                                  # cells of a stack
+        history: int = 256,                                                     # tokens that can be taken back without reading a text again
     ):
         self.constraints: list[CompiledConstraint | None] = list(constraint) if isinstance(constraint, Sequence) else [constraint]
-        self.max_depth = max_depth
+        self.max_depth, self.history = max_depth, history
+        self.reset()
+
+    def reset(self) -> None:
+        "What comes next is a new generation, even if its prompts begin with those of the last one and with what was written for them."
         self.batch: BatchState | None = None
-        self.texts: list[list[int]] = []     # of each row: prompt and everything behind it
-        self.read: list[int] = []            # tokens behind the prompt that have been read
-        self.lost: list[bool] = []           # rows that hold a token that was not allowed
-        self.prompt = 0                      # tokens of the prompt
+        self.seen: torch.Tensor | None = None   # (rows, tokens) of the last call
+        self.read: list[int] = []               # of each row: tokens behind the prompt that have been read
+        self.lost: list[bool] = []              # rows that hold a token that was not allowed
+        self.prompt = 0                         # tokens of the prompt
 
     def __call__(
         self,
@@ -38,54 +45,85 @@ class ConstraintLogitsProcessor:
         scores: "torch.Tensor",           # (rows, columns) logits
     ) -> "torch.Tensor":                  # with minus infinity where a token may not come
         "Mask the logits of the next token."
-        rows: list[list[int]] = input_ids.tolist()
-        source = self._parents(rows)
-        if source is None: self._begin(rows)
-        else: self._follow(rows, source)
+        if not self._one_more(input_ids): self._compare(input_ids)
+        self.seen = input_ids.clone()
         assert self.batch is not None
         out = scores.clone()
         self.batch.apply_(out)
-        return out
+        return self._settled(scores, out)
 
-    def _parents(self, rows: list[list[int]]) -> list[int] | None:
+    def _one_more(self, ids: "torch.Tensor") -> bool:
+        "Read a token a row, if that is all that is new."
+        import torch
+
+        if self.seen is None or ids.shape != (self.seen.shape[0], self.seen.shape[1] + 1) or not torch.equal(ids[:, :-1], self.seen): return False
+        self._step(ids[:, -1].tolist(), [True] * len(ids))
+        return True
+
+    def _compare(self, ids: "torch.Tensor") -> None:
+        rows: list[list[int]] = ids.tolist()
+        old: list[list[int]] = [] if self.seen is None else self.seen.tolist()
+        source = self._parents(rows, old)
+        if source is None: self._begin(rows)
+        else: self._follow(rows, old, source)
+
+    def _parents(self, rows: list[list[int]], old: list[list[int]]) -> list[int] | None:
         "For each row the one it continues; None: this is a new generation."
-        if self.batch is None or len(rows) != len(self.texts) or len(rows[0]) < self.prompt: return None
-        out = []
+        n = len(rows[0])
+        if self.batch is None or len(rows) != len(old) or not self.prompt < n <= len(old[0]) + 1: return None
+        times, out = len(rows) // len(self.constraints), []
         for b, row in enumerate(rows):
-            shared = [_shared(row, old) for old in self.texts]
-            best = max(range(len(rows)), key=lambda i: (shared[i], i == b))
+            shared = {i: _shared(row, old[i]) for i in range(b // times * times, b // times * times + times)}
+            best = max(shared, key=lambda i: (shared[i], i == b))
             if shared[best] < self.prompt: return None
             out.append(best)
-        return None if all(len(r) == self.prompt for r in rows) else out
+        return out
 
     def _begin(self, rows: list[list[int]]) -> None:
         if len(rows) % len(self.constraints): raise ValueError(f"constraint= holds {len(self.constraints)}, and {len(rows)} sequences are generated; give one, or one for each prompt")
         times = len(rows) // len(self.constraints)
-        self.batch = BatchState([c for c in self.constraints for _ in range(times)], self.max_depth, history=256)
-        self.texts, self.read, self.lost, self.prompt = rows, [0] * len(rows), [False] * len(rows), len(rows[0])
+        self.batch = BatchState([c for c in self.constraints for _ in range(times)], self.max_depth, self.history)
+        self.read, self.lost, self.prompt = [0] * len(rows), [False] * len(rows), len(rows[0])
 
-    def _follow(self, rows: list[list[int]], source: list[int]) -> None:
+    def _follow(self, rows: list[list[int]], old: list[list[int]], source: list[int]) -> None:
         assert self.batch is not None
         if source != list(range(len(rows))):
             self.batch.reorder_(source)
-            self.texts, self.read, self.lost = [self.texts[i] for i in source], [self.read[i] for i in source], [self.lost[i] for i in source]
-        kept = [_shared(row, old) - self.prompt for row, old in zip(rows, self.texts)]
+            old, self.read, self.lost = [old[i] for i in source], [self.read[i] for i in source], [self.lost[i] for i in source]
+        kept = [_shared(row, before) - self.prompt for row, before in zip(rows, old)]
+        self.lost = [x and k > r for x, k, r in zip(self.lost, kept, self.read)]       # the token that was not allowed stands behind those that were read
+        for b, (k, r) in enumerate(zip(kept, self.read)):
+            if r - k > self.history:
+                self.batch.reset([b])
+                kept[b] = self.read[b] = 0
         back = [max(0, r - k) for r, k in zip(self.read, kept)]
-        if any(back):
-            self.batch.rollback_(back)
-            self.lost = [x and not n for x, n in zip(self.lost, back)]
+        if any(back): self.batch.rollback_(back)
         self.read = [r - n for r, n in zip(self.read, back)]
         for at in range(min(kept), len(rows[0]) - self.prompt): self._step([row[self.prompt + at] for row in rows], [at >= k for k in kept])
-        self.texts = rows
 
     def _step(self, tokens: list[int], new: list[bool]) -> None:
         "Read a token in each row where it is new; what is written behind the end is padding."
         assert self.batch is not None
-        over = self.batch.terminated
-        ask = [t if n and not o and not x else -1 for t, n, o, x in zip(tokens, new, over, self.lost)]
-        for b, ok in enumerate(self.batch.advance_(ask)):
-            self.lost[b] = self.lost[b] or not ok
-            self.read[b] += ask[b] >= 0 and bool(ok)
+        over, size = self.batch.terminated, self.batch.engine.vocabulary.size
+        ask = [t if n and c is not None and not o and not x else -1 for t, n, o, x, c in zip(tokens, new, over, self.lost, self.batch.constraints)]
+        for b, ok in enumerate(self.batch.advance_([t if t < size else -1 for t in ask])):
+            if ask[b] >= 0:
+                self.lost[b] = ask[b] >= size or not ok
+                self.read[b] += not self.lost[b]
+
+    def _settled(self, scores: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
+        "Where nothing is left: what other processors left, if that is only an end, else an error."
+        assert self.batch is not None
+        empty = out.amax(-1) == float("-inf")
+        if not bool(empty.any()): return out
+        over, ends = self.batch.terminated, list(self.batch.engine.vocabulary.eos_ids)
+        for b in empty.nonzero().flatten().tolist():
+            rest = scores[b].clone()
+            rest[ends] = float("-inf")
+            if not over[b] and rest.amax() > float("-inf"):
+                raise ValueError(f"logits_processor=: of the tokens that the grammar allows in sequence {b}, others have left none (bad words, a minimum length, suppressed tokens); take these options away, or change the grammar")
+        out[empty] = scores[empty]
+        return out
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -103,8 +141,10 @@ def generate(
     **options: Any,                   # of `model.generate`
 ) -> list[str]:                       # what was written for each prompt (times num_return_sequences)
     "Write inside a grammar."
-    first = next((c for c in (constraint if isinstance(constraint, Sequence) else [constraint]) if c is not None), None)
+    each = constraint if isinstance(constraint, Sequence) else [constraint]
+    first = next((c for c in each if c is not None), None)
     if first is None: raise ValueError("constraint= holds no grammar; give at least one")
+    if len(each) not in (1, len(prompts)): raise ValueError(f"constraint= holds {len(each)}, prompts= {len(prompts)}; give one, or one for each prompt")
     ends = list(first.engine.vocabulary.eos_ids)
     if tokenizer.pad_token_id is None: tokenizer.pad_token_id = ends[0]
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)

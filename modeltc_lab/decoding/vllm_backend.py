@@ -178,7 +178,7 @@ class RequestGrammar:
         "Begin again."
         with self.lock: self.matcher.reset()
 
-# %% ../../nbs/decoding/24a_vllm_backend.ipynb #05ec6e1d
+# %% ../../nbs/decoding/24a_vllm_backend.ipynb #d52d076c
 class GrammarBackend:
     "Compiles the grammars of a server's requests, as vLLM's `StructuredOutputBackend` has it."
 
@@ -224,7 +224,7 @@ class GrammarBackend:
         tables = tables_of(grammar)
         with self.lock:
             if fresh and self._full(): self.engine, self.known = fresh, {}
-            if (kind, spec) not in self.known: self.known[kind, spec] = CompiledConstraint(self.engine, self.engine.add(grammar, tables), False)
+            if (kind, spec) not in self.known: self.known[kind, spec] = CompiledConstraint(self.engine, self.engine.add(grammar, tables, not tables.alternatives), False)
             return self.known[kind, spec]
 
     def compile_grammar(

@@ -277,20 +277,21 @@ def drafts(folder, seeds, counts):
             g, h = ready(r), ready(twin)
             for _ in range(12):
                 if g.is_terminated(): break
-                guess, rows = [], []
-                for _ in range(4):                                   # what the twin, one token at a time, allows
+                guess, rows, read = [], [], 0
+                while len(guess) < 4 and not h.is_terminated():      # what the twin, one token at a time, allows
                     logits = masked(manager, {"b": twin}, {}, model.logits(1))
                     rows.append(torch.isfinite(logits[0]))
                     guess += model.draw(logits if rng.random() < 0.85 else model.logits(1))
-                    if h.is_terminated() or not rows[-1][guess[-1]] or not h.accept_tokens("b", guess[-1:]): break
-                read = sum(bool(row[t]) for row, t in zip(rows, guess))
+                    ensure(h.accept_tokens("b", guess[-1:]) == bool(rows[-1][guess[-1]]), "the mask says what is read", token=guess[-1])
+                    if not rows[-1][guess[-1]]: break
+                    read += 1
+                if h.is_terminated(): guess += model.draw(model.logits(4 - len(guess))) if len(guess) < 4 else []
                 if not h.is_terminated(): rows.append(torch.isfinite(masked(manager, {"b": twin}, {}, model.logits(1))[0]))
                 if read: h.rollback(read)
                 guess += [-1] * (4 - len(guess))
                 kept = manager.validate_tokens(r, list(guess))
                 ensure(kept == guess[:read], "valid drafts", guess=guess, kept=kept, read=read)
                 padded = kept + [-1] * (4 - len(kept))
-                if len(kept) < 4: padded = padded[:4]
                 got = torch.isfinite(masked(manager, {"a": r}, {"a": padded}, torch.zeros(5, VOCAB)))
                 for i in range(min(len(kept) + 1, len(rows))): ensure(torch.equal(got[i], rows[i]), "mask along drafts", i=i, kept=kept)
                 again = [torch.isfinite(masked(manager, {n: x}, {}, torch.zeros(1, VOCAB))) for n, x in (("a", r), ("b", twin))]
