@@ -560,7 +560,7 @@ def _sum(rng: random.Random, depth: int = 0) -> str:
 def _query(rng: random.Random, depth: int = 0) -> str:
     "An SQL query."
     column = lambda: rng.choice(("id", "name", "o.price", "c.country", "created_at", "quantity"))
-    value = lambda: rng.choice((column(), str(rng.randrange(1000)), f"{rng.uniform(0, 99):.2f}", f"'{_phrase(rng, 3)}'", f"SUM({column()})", f"{column()} * {rng.randrange(9)}", f"COALESCE({column()}, 0)"))
+    value = lambda: rng.choice((column(), str(rng.randrange(1000)), f"{rng.uniform(0, 99):.2f}", "'" + _phrase(rng, 3).replace("'", "''") + "'", f"SUM({column()})", f"{column()} * {rng.randrange(9)}", f"COALESCE({column()}, 0)"))
     test = lambda: rng.choice((f"{column()} {rng.choice(('=', '<>', '>=', '<'))} {value()}", f"{column()} IS NOT NULL", f"{column()} LIKE '%{rng.choice(_WORDS)}%'", f"{column()} BETWEEN {rng.randrange(9)} AND 99",
                                f"{column()} IN ({_query(rng, depth + 1) if depth < 2 and rng.random() < 0.4 else '1, 2, 3'})"))
     parts = [f"SELECT {rng.choice(('', 'DISTINCT '))}{', '.join(value() + rng.choice(('', '', ' AS total')) for _ in range(rng.randrange(1, 5)))}", f"FROM {rng.choice(('orders o', 'customers AS c', 'items'))}"]
@@ -747,7 +747,7 @@ def time_masks(
 
 # %% ../../nbs/compare/91_decoding.ipynb #9100a026
 LANGUAGES = ("json", "schema", "arithmetic", "sql", "c")
-WIDER = {("xgrammar", "sql"), ("xgrammar_ebnf", "sql"), ("kbnf", "sql"), ("xgrammar", "c"), ("xgrammar_ebnf", "c"), ("kbnf", "c")}   # without a lexer `SELECTa` is a keyword and a name: another language, said where it is shown
+WIDER = {("xgrammar", "sql"), ("xgrammar_ebnf", "sql"), ("kbnf", "sql"), ("xgrammar", "c"), ("xgrammar_ebnf", "c"), ("kbnf", "c")}   # without a lexer `WHEREb` can be a keyword and a name: another language, said where it is shown
 
 
 def _peer_version(engine: str) -> dict[str, str]:
@@ -777,7 +777,7 @@ def mask_speed(
             asked = _languages_for(e, languages)
             common: dict[str, Any] = dict(implementation=ENGINES[e].package, seed=0, data="generated", x_name="vocabulary", x=v)
             make = lambda metric, unit, samples, language, **more: out.append(record("decoding", "mask_speed", e, metric, unit, samples, config={"language": language, "tokens": tokens, **_peer_version(e), **more}, **common))
-            try: found = apart("time_masks", 120 + 4 * budget_s * len(asked), engine=e, vocabulary=v, languages=asked, tokens=tokens, budget_s=budget_s)
+            try: found = apart("time_masks", 600 + 4 * budget_s * len(asked), engine=e, vocabulary=v, languages=asked, tokens=tokens, budget_s=budget_s)
             except PeerError as x:
                 make("not measured", "1", [1], "all", why=str(x))
                 continue
@@ -877,7 +877,7 @@ def batch_speed(
             asked = [""] if e == "copy" else _languages_for(e, languages)
             config = {"steps": steps, "vocabulary": v, **({} if e == "copy" else _peer_version(e))}
             make = lambda metric, unit, samples, language, n, **more: out.append(record("decoding", "batch_speed", e, metric, unit, samples, config={**config, "language": language, **more}, implementation="numpy" if e == "copy" else ENGINES[e].package, seed=1, data="generated", x_name="sequences", x=n))
-            try: found = apart("time_batches", 120 + (2 * budget_s + 10) * len(asked) * len(sizes), engine=e, vocabulary=v, languages=asked, sizes=list(sizes), steps=steps, budget_s=budget_s)
+            try: found = apart("time_batches", 600 + (2 * budget_s + 10) * len(asked) * len(sizes), engine=e, vocabulary=v, languages=asked, sizes=list(sizes), steps=steps, budget_s=budget_s)
             except PeerError as x:
                 make("not measured", "1", [1], "all", 0, why=str(x))
                 continue
@@ -1176,7 +1176,7 @@ def exactness(
         asked = [name for name in engines if name != "xgrammar_json" or l == "json"]
         for together in tqdm([some for some in ([e for e in asked if e == "modeltc_lab"], [e for e in asked if e != "modeltc_lab"]) if some], desc=f"exactness {l}", leave=False):
             n = positions // len(languages) if together == ["modeltc_lab"] else max(20, positions // len(languages) // 5)
-            try: found = apart("compare_masks", 180 + 2 * budget_s, language=l, vocabulary=vocabulary, engines=together, count=n, budget_s=budget_s)
+            try: found = apart("compare_masks", 900 + 2 * budget_s, language=l, vocabulary=vocabulary, engines=together, count=n, budget_s=budget_s)
             except PeerError as why: found = {e: {"refused": str(why)} for e in together}
             for e, got in found.items():
                 make = lambda metric, samples, **more: out.append(record("decoding", "exactness", e, metric, "1", samples, implementation=ENGINES[e].package, seed=0, data="generated", x_name="language", x=l, config={"vocabulary": vocabulary, **_peer_version(e), **more}))
@@ -1266,7 +1266,7 @@ def end_to_end(
     "A small model writes with and without a constraint (pre3.md 4)."
     engines = engines or [e for e in installed() if e in ("modeltc_lab", "glrmask", "llguidance", "xgrammar")]
     repeats, out = repeats or (10 if full else 3), list[Record]()
-    found = apart("generate_with", 3600 if full else 900, engines=list(engines), languages=list(languages), repeats=repeats, max_new_tokens=max_new_tokens)
+    found = apart("generate_with", 7200 if full else 3600, engines=list(engines), languages=list(languages), repeats=repeats, max_new_tokens=max_new_tokens)
     for key, got in found.items():
         e, _, l = key.rpartition(" ")
         common: dict[str, Any] = dict(implementation=ENGINES[e].package if e else "transformers", seed=0, data="smollm2", x_name="language", x=l)
