@@ -728,7 +728,7 @@ def multiple_of(
 
 # %% ../../nbs/decoding/23a_scalars.ipynb #2a486b68
 _DAY = r"(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
-_CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_CLOCK = r"(?:(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])|23:59:60(?:\.[0-9]+)?(?:[zZ]|[+-]00:00))"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
@@ -751,18 +751,39 @@ def _uri(more: str) -> dict[str, str]:
     return {"": whole, "-reference": rf"(?:{whole}|{relative}{tail})"}
 
 
-_WIDE = "\\xa0-\\ud7ff\\uf900-\\ufdcf\\ufdf0-\\uffef\\U00010000-\\U000dfffd"
+_WIDE = r"\u{a0}-\u{d7ff}\u{f900}-\u{fdcf}\u{fdf0}-\u{ffef}\u{10000}-\u{dfffd}"
+_LETTER = r"[a-zß-öø-ÿāăąćĉċčďđēĕėęěĝğġģĥħĩīĭįıĵķĸĺļľłńņňŋōŏőœŕŗřśŝşšţťŧũūŭůűųŵŷźżžά-ώа-џ一-鿋가-힣]"   # letters that may stand anywhere in a name
+
+
+_WORD = rf"[A-Za-z0-9](?:[A-Za-z0-9-]{{0,28}}[A-Za-z0-9])?|{_LETTER}{{1,14}}"
+
+
+def _names(label: str) -> str:
+    "Labels with points between: at most 253 characters in all."
+    return "|".join(rf"(?:{x}(?:\.{x}){{0,{count - 1}}})" for count, size in ((3, 63), (8, 30), (21, 11)) for x in [label.replace("61", str(size - 2))])
+
+
+def _pattern() -> str:
+    "Regular expressions with groups in groups, no deeper."
+    one = r"(?:[^\\()\[\]{}*+?|^$.]|\.|\\[dDwWsSbBfnrtv0^$\\.*+?()\[\]{}|/-]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\c[A-Za-z]|\[\^?(?:[^\\\]-]|\\[dDwWsSfnrtv0^$\\.*+?()\[\]{}|/-])*\])"
+    count = r"(?:(?:[*+?]|\{[0-9](?:,[0-9]?[0-9]{2})?\}|\{[0-9]+(?:,)?\})\??)?"
+    inner = rf"(?:{one}{count}|[\^$|])*"
+    for _ in range(2): inner = rf"(?:(?:{one}|\((?:\?:)?{inner}\)){count}|[\^$|])*"
+    return inner
+
+
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _VAR = r"(?:[A-Za-z0-9_]|%[0-9A-Fa-f]{2})(?:\.?(?:[A-Za-z0-9_]|%[0-9A-Fa-f]{2}))*(?::[1-9][0-9]{0,3}|\*)?"
 FORMATS: dict[str, str] = {
     "date": _DAY, "time": _CLOCK, "date-time": rf"{_DAY}[tT]{_CLOCK}",
     "duration": r"P(?:[0-9]+W|(?=[0-9T])(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)?(?:T(?:[0-9]+H(?:[0-9]+M(?:[0-9]+S)?)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S))?)",
     "email": rf"(?:{_ATOM}(?:\.{_ATOM})*|\"(?:[ !#-\[\]-~]|\\[ -~])*\")@(?:{_LABEL}(?:\.{_LABEL})*|\[(?:{_IPV4}|IPv6:{_IPV6})\])",
-    "hostname": "|".join(rf"(?:{(label := _LABEL.replace('61', str(size - 2)))}(?:\.{label}){{0,{count - 1}}})" for count, size in ((3, 63), (8, 30), (21, 11))),   # at most 253 characters in all
-     "ipv4": _IPV4, "ipv6": _IPV6,
+    "hostname": _names(_LABEL), "idn-hostname": rf"(?:{_WORD})(?:\.(?:{_WORD})){{0,7}}",
+    "idn-email": rf"(?:{_ATOM}|{_LETTER})(?:\.?(?:{_ATOM}|{_LETTER}))*@(?:{_WORD})(?:\.(?:{_WORD})){{0,7}}",
+    "regex": _pattern(), "ipv4": _IPV4, "ipv6": _IPV6,
     "uuid": "[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}",
     **{"uri" + k: v for k, v in _uri("").items()}, **{"iri" + k: v for k, v in _uri(_WIDE).items()},
-    "uri-template": rf"(?:[!#$&(-;=?-\[\]_a-z~{_WIDE}]|%[0-9A-Fa-f]{{2}}|\{{[+#./;?&=,!@|]?{_VAR}(?:,{_VAR})*\}})*",
+    "uri-template": rf"(?:[!#$&-;=?-\[\]_a-z~{_WIDE}]|%[0-9A-Fa-f]{{2}}|\{{[+#./;?&=,!@|]?{_VAR}(?:,{_VAR})*\}})*",
     "json-pointer": r"(?:/(?:[^~/]|~[01])*)*", "relative-json-pointer": r"(?:0|[1-9][0-9]*)(?:#|(?:/(?:[^~/]|~[01])*)*)"}
 
 
@@ -772,4 +793,5 @@ def of_format(
 ) -> Strings | None:  # None: not known, or not regular
     "The strings of a format."
     if name not in FORMATS: return None
-    return of_dfa(searched(f"^(?:{FORMATS[name]})$".replace("(?s:", "(?:")))
+    found = of_dfa(searched(f"^(?:{FORMATS[name]})$"))
+    return found - of_dfa(searched(r"(?:^|[.@])[^.]{2}--")) if name in ("hostname", "idn-hostname", "email", "idn-email") else found    # xn-- hides characters that only a decoder can check
