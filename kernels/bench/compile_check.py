@@ -65,7 +65,7 @@ VARIANTS |= {f"paged_decode merge {kind} e={e} splits={s}": merge(kind, e, s) fo
 
 CD = dict(delta_ptr="*i32", emit_ptr="*i32", plen_ptr="*i32", pat_ptr="*i32", text_ptr="*u8", off_ptr="*i32", kind_ptr="*i8", keys_ptr="*i64", values_ptr="*i32", where_ptr="*i64",
           action_ptr="*i16", goto_ptr="*i16", size_ptr="*i16", lhs_ptr="*i16", column_ptr="*i16", rows_ptr="*i32", stop_ptr="*i32", grammar_ptr="*i32", q_ptr="*i32", sp_ptr="*i32",
-          stack_ptr="*i16", over_ptr="*i8", row_ptr="*i32", log_ptr="*i16", logged_ptr="*i64", length_ptr="*i64", marks_ptr="*i64", what_ptr="*i32", flag_ptr="*i32", miss_ptr="*i64",
+          stack_ptr="*i16", over_ptr="*i8", row_ptr="*i32", log_ptr="*i16", logged_ptr="*i64", peak_ptr="*i64", length_ptr="*i64", kept_ptr="*i64", marks_ptr="*i64", what_ptr="*i32", flag_ptr="*i32", miss_ptr="*i64",
           tokens_ptr="*i64", steps_ptr="*i64", logits_ptr="*{t}", few_start_ptr="*i32", few_size_ptr="*i32", few_ptr="*i32", ids_ptr="*i32", indices_ptr="*i64", part_ptr="*i64", out_ptr="*{o}",
           temperature_ptr="*fp32", seeds_ptr="*i64")  # anything else is a number
 

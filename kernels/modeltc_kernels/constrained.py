@@ -68,9 +68,11 @@ class State(NamedTuple):
     stack: Tensor      # [n, depth] int16 LR states
     over: Tensor       # [n] int8, has the text ended?
     row: Tensor        # [n] int32 number of its mask
-    log: Tensor        # [n, room] int16 ring of what the stack held where it was overwritten; room is a multiple of depth
+    log: Tensor        # [n, room] int16 ring of what the stack held where it was overwritten
     logged: Tensor     # [n] int64 written into the ring so far
+    peak: Tensor       # [n] int64 the most that ever was: `room` before it the ring has been written over
     length: Tensor     # [n] int64 tokens read
+    kept: Tensor       # [n] int64 of which so many can be taken back
     marks: Tensor      # [n, history, MARK] int64 by token, a ring: `q`, `sp`, `logged`, `over` and `row` before it
     what: Tensor       # [n] int32 what became of the last token
     flag: Tensor       # [n] int32 the first thing that went wrong since it was cleared
@@ -89,11 +91,12 @@ def _find_ref(t: Tables, node: int, x: int) -> int:
 
 def _look_ref(t: Tables, node: int, tail: int, stack: list[int]) -> tuple[int, int, int]:
     "Walk a stack automaton from the top: the value for `tail` behind the answer, or -1, and the last pair that was looked up."
+    value = node
     for x in reversed(stack):
+        node = value
         value = _find_ref(t, node, x)
         if value < 0: break
-        node = value
-    if value == -1: return value, node, x
+    if value >= -1: return -1, node, x      # not known, or the automaton wants to see more than there is
     return _find_ref(t, -2 - value, tail), -2 - value, tail
 
 
@@ -137,7 +140,7 @@ def _row_ref(t: Tables, grammar: int, q: int, stack: list[int]) -> tuple[int, in
 def _advance_one_ref(t: Tables, s: State, b: int, token: int) -> None:
     "Read a token in one sequence."
     history, room, grammar, q, sp = s.marks.shape[1], s.log.shape[1], int(s.grammar[b]), int(s.q[b]), int(s.sp[b])
-    stack, log, over, row, miss = s.stack[b, :sp].tolist(), list[int](), int(s.over[b]), int(s.row[b]), (0, 0)
+    stack, log, over, row, miss = s.stack[b, :sp].tolist(), list[int](), int(s.over[b]), int(s.row[b]), ()
     mark = torch.tensor([q, sp, int(s.logged[b]), over, row])
     if token < -1 or token >= len(t.kind): what = WRONG
     elif token == -1 or grammar < 0: what, grammar = FINE, -1
@@ -155,10 +158,12 @@ def _advance_one_ref(t: Tables, s: State, b: int, token: int) -> None:
         for i, held in enumerate(log): s.log[b, (int(s.logged[b]) + i) % room] = held
         s.logged[b] += len(log)
         s.length[b] += 1
+        s.kept[b] = min(int(s.kept[b]) + 1, history)
         s.q[b], s.sp[b], s.over[b], s.row[b] = q, len(stack), over, row
         s.stack[b] = 0
         s.stack[b, :len(stack)] = torch.tensor(stack, dtype=torch.int16)
-    if bad == UNKNOWN: s.miss[b] = torch.tensor(miss)
+    s.peak[b] = max(int(s.peak[b]), int(s.logged[b]) + (len(log) if what != FINE else 0))   # the kernel has the ring written when it finds out
+    if bad == UNKNOWN and miss: s.miss[b] = torch.tensor(miss)   # the end of a text needs no more than the mask
     s.what[b] = what
     if not s.flag[b]: s.flag[b] = bad
 
@@ -172,9 +177,9 @@ def take_back_ref(state: State, steps: Tensor) -> None:
     "Token by token, the last one first."
     s = state
     for b, n in enumerate(steps.tolist()):
-        (history, room, depth), length = (s.marks.shape[1], s.log.shape[1], s.stack.shape[1]), int(s.length[b])
+        history, room, length = s.marks.shape[1], s.log.shape[1], int(s.length[b])
         if s.grammar[b] < 0 or n == 0: continue
-        if n < 0 or n > min(length, history) or int(s.logged[b]) - int(s.marks[b, (length - n) % history, 2]) > room - depth:
+        if n < 0 or n > int(s.kept[b]) or int(s.peak[b]) - int(s.marks[b, (length - n) % history, 2]) > room:
             if not s.flag[b]: s.flag[b] = SHORT
             continue
         for k in range(length - 1, length - n - 1, -1):
@@ -183,6 +188,7 @@ def take_back_ref(state: State, steps: Tensor) -> None:
             for i in range(int(s.logged[b]) - logged): s.stack[b, sp - 1 - i] = s.log[b, (logged + i) % room]
             s.logged[b] = logged
         s.q[b], s.sp[b], s.over[b], s.row[b], s.length[b] = q, sp, over, row, length - n
+        s.kept[b] -= n
 
 
 def allowed_ref(rows: Tensor, row_ids: Tensor, columns: int) -> Tensor:
@@ -286,11 +292,12 @@ def look_down(keys_ptr, values_ptr, last, node, tail, stack_ptr, sp):
     "Walk a stack automaton from the top: the value for `tail` behind the answer, or -1, and the last pair that was looked up."
     x = tl.load(stack_ptr + sp - 1).to(tl.int32)
     value = hash_find(keys_ptr, values_ptr, last, (node << _BITS) | x)
-    while value >= 0:
+    while (value >= 0) & (sp > 1):
         node = value.to(tl.int64)
         sp -= 1
         x = tl.load(stack_ptr + sp - 1).to(tl.int32)
         value = hash_find(keys_ptr, values_ptr, last, (node << _BITS) | x)
+    value = tl.minimum(value, -1)      # nothing is read below a stack
     if value != -1:
         node = (-2 - value).to(tl.int64)
         x = tail
@@ -318,7 +325,7 @@ def clear(stack_ptr, start, stop):
 @triton.jit
 def advance_classify_kernel(delta_ptr, emit_ptr, plen_ptr, pat_ptr, text_ptr, off_ptr, kind_ptr, keys_ptr, values_ptr, where_ptr, action_ptr, goto_ptr,
                             size_ptr, lhs_ptr, column_ptr, rows_ptr, stop_ptr,
-                            grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, log_ptr, logged_ptr, length_ptr, marks_ptr, what_ptr, flag_ptr, miss_ptr,
+                            grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, log_ptr, logged_ptr, peak_ptr, length_ptr, kept_ptr, marks_ptr, what_ptr, flag_ptr, miss_ptr,
                             tokens_ptr, vocabulary, width, last, depth, room, history):
     "One sequence: read the bytes of its token, then find its mask. A text follows one warp; a barrier stands between a store and a load by another thread."
     b = tl.program_id(0).to(tl.int64)
@@ -422,6 +429,7 @@ def advance_classify_kernel(delta_ptr, emit_ptr, plen_ptr, pat_ptr, text_ptr, of
                 clear(stack_ptr, sp0, high)
                 restore(stack_ptr, log_ptr, room, logged0, logged, sp0)
         bad = what
+        tl.store(peak_ptr + b, tl.maximum(tl.load(peak_ptr + b), logged))
         if what == _FINE:
             length = tl.load(length_ptr + b)
             mark_ptr = marks_ptr + (b * history + length % history) * _MARK
@@ -431,6 +439,7 @@ def advance_classify_kernel(delta_ptr, emit_ptr, plen_ptr, pat_ptr, text_ptr, of
             tl.store(mark_ptr + 3, over0.to(tl.int64))
             tl.store(mark_ptr + 4, row0.to(tl.int64))
             tl.store(length_ptr + b, length + 1)
+            tl.store(kept_ptr + b, tl.minimum(tl.load(kept_ptr + b) + 1, history))
             tl.store(q_ptr + b, q)
             tl.store(sp_ptr + b, sp)
             tl.store(over_ptr + b, over.to(tl.int8))
@@ -453,7 +462,7 @@ def advance_classify_kernel(delta_ptr, emit_ptr, plen_ptr, pat_ptr, text_ptr, of
 
 
 @triton.jit
-def take_back_kernel(grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, log_ptr, logged_ptr, length_ptr, marks_ptr, flag_ptr, steps_ptr, depth, room, history):
+def take_back_kernel(grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, log_ptr, logged_ptr, peak_ptr, length_ptr, kept_ptr, marks_ptr, flag_ptr, steps_ptr, depth, room, history):
     "One sequence: undo its last tokens, the last one first."
     b = tl.program_id(0).to(tl.int64)
     steps = tl.load(steps_ptr + b).to(tl.int64)
@@ -464,9 +473,10 @@ def take_back_kernel(grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, l
         length = tl.load(length_ptr + b)
         logged = tl.load(logged_ptr + b)
         sp = tl.load(sp_ptr + b)
-        short = (steps < 0) | (steps > tl.minimum(length, history))
+        kept = tl.load(kept_ptr + b)
+        short = (steps < 0) | (steps > kept)
         first_ptr = marks_ptr + tl.where(short, 0, (length - steps) % history) * _MARK
-        short = short | (logged - tl.load(first_ptr + 2) > room - depth)
+        short = short | (tl.load(peak_ptr + b) - tl.load(first_ptr + 2) > room)
         if short:
             flag = tl.load(flag_ptr + b)
             tl.store(flag_ptr + b, tl.where(flag == _FINE, _SHORT, flag))
@@ -486,6 +496,7 @@ def take_back_kernel(grammar_ptr, q_ptr, sp_ptr, stack_ptr, over_ptr, row_ptr, l
             tl.store(over_ptr + b, tl.load(first_ptr + 3).to(tl.int8))
             tl.store(row_ptr + b, tl.load(first_ptr + 4).to(tl.int32))
             tl.store(length_ptr + b, length - steps)
+            tl.store(kept_ptr + b, kept - steps)
 
 
 @triton.jit
@@ -634,7 +645,8 @@ def fill_bitmask_kernel(out_ptr, rows_ptr, ids_ptr, wide, width, stride_o, strid
     "Some words of one row."
     k = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + k).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(1)
+    at = tile * BLOCK + tl.arange(0, BLOCK)
     word = tl.load(rows_ptr + row * stride_r + at, mask=(at < width) & (row >= 0), other=0)
     tl.store(out_ptr + k * stride_o + at, tl.where(row == _FREE, -1, word), mask=at < wide)
 
@@ -664,7 +676,7 @@ _TABLES = {"delta": torch.int32, "emit": torch.int32, "plen": torch.int32, "pat"
            "where": torch.int64, "action": torch.int16, "goto": torch.int16, "size": torch.int16, "lhs": torch.int16, "column": torch.int16, "rows": torch.int32,
            "few_start": torch.int32, "few_size": torch.int32, "few": torch.int32, "stop": torch.int32}
 _STATE = {"grammar": (torch.int32, 1), "q": (torch.int32, 1), "sp": (torch.int32, 1), "stack": (torch.int16, 2), "over": (torch.int8, 1), "row": (torch.int32, 1), "log": (torch.int16, 2),
-          "logged": (torch.int64, 1), "length": (torch.int64, 1), "marks": (torch.int64, 3), "what": (torch.int32, 1), "flag": (torch.int32, 1), "miss": (torch.int64, 2)}
+          "logged": (torch.int64, 1), "peak": (torch.int64, 1), "length": (torch.int64, 1), "kept": (torch.int64, 1), "marks": (torch.int64, 3), "what": (torch.int32, 1), "flag": (torch.int32, 1), "miss": (torch.int64, 2)}
 
 
 def _one(name: str, t: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], ndim: int, device: torch.device, like: str) -> None:
@@ -737,7 +749,7 @@ def _advance_classify_op(tables: Sequence[Tensor], state: Sequence[Tensor], toke
     if not len(tokens): return
     advance_classify_kernel[(len(tokens),)](
         t.delta, t.emit, t.plen, t.pat, t.text, t.off, t.kind, t.keys, t.values, t.where, t.action, t.goto, t.size, t.lhs, t.column, t.rows, t.stop,
-        s.grammar, s.q, s.sp, s.stack, s.over, s.row, s.log, s.logged, s.length, s.marks, s.what, s.flag, s.miss,
+        s.grammar, s.q, s.sp, s.stack, s.over, s.row, s.log, s.logged, s.peak, s.length, s.kept, s.marks, s.what, s.flag, s.miss,
         tokens, len(t.kind), t.rows.shape[1], len(t.keys) - 1, s.stack.shape[1], s.log.shape[1], s.marks.shape[1], **launch_options("advance_classify"))
 
 
@@ -746,7 +758,7 @@ def _take_back_op(state: Sequence[Tensor], steps: Tensor) -> None:
     "Launch one program a sequence."
     s = State(*state)
     if not len(steps): return
-    take_back_kernel[(len(steps),)](s.grammar, s.q, s.sp, s.stack, s.over, s.row, s.log, s.logged, s.length, s.marks, s.flag, steps,
+    take_back_kernel[(len(steps),)](s.grammar, s.q, s.sp, s.stack, s.over, s.row, s.log, s.logged, s.peak, s.length, s.kept, s.marks, s.flag, steps,
                                     s.stack.shape[1], s.log.shape[1], s.marks.shape[1], **launch_options("take_back"))
 
 
@@ -829,12 +841,15 @@ def row_lists(
     longest: int = CHUNK,      # tokens of a mask that still gets a list
 ) -> tuple[Tensor, Tensor, Tensor]:  # `few_start`, `few_size` and `few` of `Tables`
     "The tokens of the masks that have few of them, as lists."
-    bits = rows[:, :, None] >> torch.arange(32, device=rows.device, dtype=torch.int32) & 1
-    size = bits.sum((1, 2), dtype=torch.int32)
-    kept = size <= longest
-    few = bits[kept].flatten(1).nonzero()[:, 1].int()
-    start = torch.where(kept, size, 0).cumsum(0, dtype=torch.int32) - torch.where(kept, size, 0)
-    return start.int(), torch.where(kept, size, -1), few if len(few) else few.new_zeros(1)
+    sizes, lists = [], []
+    for some in rows.split(64):                      # bits take 32 times the memory
+        bits = some[:, :, None] >> torch.arange(32, device=rows.device, dtype=torch.int32) & 1
+        size = bits.sum((1, 2), dtype=torch.int32)
+        sizes.append(torch.where(size <= longest, size, -1))
+        lists.append(bits[size <= longest].flatten(1).nonzero()[:, 1].int())
+    size, few = torch.cat(sizes), torch.cat(lists)
+    kept = size.clamp(min=0)
+    return kept.cumsum(0, dtype=torch.int32) - kept, size, few if len(few) else few.new_zeros(1)
 
 
 def advance_classify(

@@ -90,7 +90,7 @@ class DeviceBatch:
         self.first = torch.from_numpy(first).to(self.device)                    # (batch, 2) lexer state and row in the beginning
         grammar = torch.tensor([-1 if c is None else c.number for c in constraints], dtype=i32, device=self.device)
         self.state = State(grammar, new(n, dtype=i32), new(n, dtype=i32), new(n, max_depth, dtype=i16), new(n, dtype=torch.int8), new(n, dtype=i32), new(n, 4 * max_depth, dtype=i16),
-                           new(n, dtype=i64), new(n, dtype=i64), new(n, history, MARK, dtype=i64), new(n, dtype=i32), new(n, dtype=i32), new(n, 2, dtype=i64))
+                           *(new(n, dtype=i64) for _ in range(4)), new(n, history, MARK, dtype=i64), new(n, dtype=i32), new(n, dtype=i32), new(n, 2, dtype=i64))
         self.reset()
 
     def __len__(self) -> int: return len(self.constraints)
@@ -119,7 +119,7 @@ class DeviceBatch:
             here[list(which)] = True
             again = torch.from_numpy(here).to(self.device)
         if again.dtype != torch.bool or again.shape != (len(self),): raise ValueError(f"which= is {again.dtype} of shape {tuple(again.shape)}; give a bool for each of the {len(self)} sequences, or their numbers")
-        for t, value in ((s.q, self.first[:, 0]), (s.row, self.first[:, 1]), (s.sp, 1), (s.over, 0), (s.logged, 0), (s.length, 0), (s.what, 0), (s.flag, 0)):
+        for t, value in ((s.q, self.first[:, 0]), (s.row, self.first[:, 1]), (s.sp, 1), (s.over, 0), (s.logged, 0), (s.peak, 0), (s.length, 0), (s.kept, 0), (s.what, 0), (s.flag, 0)):
             t.copy_(torch.where(again, value, t))
         s.stack.masked_fill_(again[:, None], 0)
 

@@ -41,10 +41,14 @@ def test_no_banned_calls(path):
 
 @pytest.mark.parametrize("path", [p for p in KERNELS if "@triton.jit" in p.read_text()], ids=lambda p: p.stem)
 def test_order_of_a_family(path):
-    "Reference, kernels, launcher's op, public function."
+    "Reference, kernels, launcher's op, public function, of every op the file registers."
     text = path.read_text()
-    places = [m.start() if (m := re.search(p, text, flags=re.M)) else -1 for p in (r"^def \w+_ref\(", r"^@triton\.jit", r"^@torch\.library\.custom_op", r"^@_\w+\.register_fake", rf"^def {path.stem}\(")]
-    assert -1 not in places and places == sorted(places)
+    ops = re.findall(r'custom_op\("modeltc::(\w+)"', text)
+    for op in ops:
+        places = [m.start() if (m := re.search(p, text, flags=re.M)) else -1
+                  for p in (rf"^def {op}_ref\(", r"^@triton\.jit", rf'^@torch\.library\.custom_op\("modeltc::{op}"', rf"^@_{op}_op\.register_fake", rf"^def {op}\(")]
+        assert -1 not in places and places == sorted(places), op
+    assert ops
 
 
 def test_the_folder_is_no_package(): assert not (ROOT / "kernels/__init__.py").exists() and KERNELS
