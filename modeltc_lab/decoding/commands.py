@@ -24,20 +24,26 @@ NOTATIONS = {".lark": "from_lark", ".gbnf": "from_gbnf", ".ebnf": "from_ebnf"}  
 def read_grammar(
     grammar: str | None = None,  # file ending in .lark, .gbnf or .ebnf, or the name of a grammar that comes with the package
     regex: str | None = None,    # a regular expression
+    schema: str | None = None,   # file with a JSON Schema
 ) -> "Grammar":
     "The grammar that a command names."
     from modeltc_lab.decoding.grammar import Grammar
     from modeltc_lab.decoding.grammars import GRAMMARS
 
-    if (grammar is None) == (regex is None): raise ValueError("give one of --grammar and --regex")
+    if sum(x is not None for x in (grammar, regex, schema)) != 1: raise ValueError("give one of --grammar, --regex and --schema")
     if regex is not None: return Grammar.from_regex(regex)
+    if schema is not None: return Grammar.from_json_schema(_read("schema", schema), name=Path(schema).stem)
     assert grammar is not None
     if grammar in GRAMMARS: return Grammar.named(grammar)
     path = Path(grammar)
     if path.suffix not in NOTATIONS: raise ValueError(f"--grammar {grammar!r}: need a file ending in {', '.join(NOTATIONS)}, or one of {', '.join(GRAMMARS)}")
-    try: text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"--grammar {grammar}: cannot be read ({e})") from e
-    return getattr(Grammar, NOTATIONS[path.suffix])(text, name=path.stem)
+    return getattr(Grammar, NOTATIONS[path.suffix])(_read("grammar", grammar), name=path.stem)
+
+
+def _read(what: str, path: str) -> str:
+    "The text of a file that an option names."
+    try: return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"--{what} {path}: cannot be read ({e})") from e
 
 
 def read_vocabulary(
@@ -63,6 +69,7 @@ def mask(
     text: str | None = None,           # what has been written so far, default nothing
     grammar: str | None = None,        # file ending in .lark, .gbnf or .ebnf, or the name of a grammar that comes with the package
     regex: str | None = None,          # a regular expression, in place of a grammar
+    schema: str | None = None,         # file with a JSON Schema, in place of a grammar
     tokenizer: str = "smollm2",        # name in the data registry, a tokenizer.json, a .gguf file, or a folder
     token: str | None = None,          # also say whether this text may come next, and if not, why
     most: int = 12,                    # tokens to show of each group
@@ -73,7 +80,7 @@ def mask(
 
     from modeltc_lab.decoding.pre3 import compile_grammar
 
-    m = compile_grammar(read_grammar(grammar, regex), read_vocabulary(tokenizer)).matcher()
+    m = compile_grammar(read_grammar(grammar, regex, schema), read_vocabulary(tokenizer)).matcher()
     refused = m.refusal((text or "").encode())
     if refused is not None: raise ValueError(f"--text: {refused}")
     if text: m.accept_bytes(text.encode())
@@ -144,7 +151,7 @@ def compile(
 
     kinds = ("auto", "lalr", "pager", "lr1", "glr")
     if table not in kinds: raise ValueError(f"--table {table!r}: choose one of {', '.join(kinds)}")
-    vocabulary, read = read_vocabulary(tokenizer), read_grammar(grammar, regex)
+    vocabulary, read = read_vocabulary(tokenizer), read_grammar(grammar, regex, schema)
     t0 = process_time()
     engine_of(vocabulary)
     t1 = process_time()
@@ -179,7 +186,7 @@ def generate(
     if not prompt: raise ValueError("--prompt: say what the model is asked")
     if temperature < 0: raise ValueError(f"--temperature {temperature}: need 0 (always the best token) or more")
     if max_new_tokens < 1: raise ValueError(f"--max-new-tokens {max_new_tokens}: need at least 1")
-    read = read_grammar(grammar, regex)
+    read = read_grammar(grammar, regex, schema)
     network, folder = load_model(model), smollm2_folder() if model == "smollm2" else Path(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ends = network.generation_config.eos_token_id
@@ -198,3 +205,4 @@ def generate(
 
 COMMANDS = {"mask": mask, "compile": compile, "generate": generate}
 EXPERIMENTS: dict[str, str] = {f"decoding/{name}": f"modeltc_lab.compare.decoding:{name}" for name in ("mask_speed", "batch_speed", "exactness", "end_to_end", "schema_coverage_peers")}
+EXPERIMENTS |= {f"decoding/{name}": f"modeltc_lab.decoding.schema_studies:{name}" for name in ("schema_coverage", "schema_compile")}
