@@ -139,6 +139,7 @@ def compile(
     *,
     grammar: str | None = None,   # file ending in .lark, .gbnf or .ebnf, or the name of a grammar that comes with the package
     regex: str | None = None,     # a regular expression, in place of a grammar
+    schema: str | None = None,    # file with a JSON Schema, in place of a grammar
     tokenizer: str = "smollm2",   # name in the data registry, a tokenizer.json, a .gguf file, or a folder
     table: str = "auto",          # auto, lalr, pager, lr1 or glr
     full: bool = False,           # make every table entry in advance
@@ -169,6 +170,7 @@ def generate(
     prompt: str | None = None,     # what the model is asked
     grammar: str | None = None,    # file ending in .lark, .gbnf or .ebnf, or the name of a grammar that comes with the package
     regex: str | None = None,      # a regular expression, in place of a grammar
+    schema: str | None = None,     # file with a JSON Schema, in place of a grammar
     model: str = "smollm2",        # smollm2, or a folder in transformers' format
     max_new_tokens: int = 256,
     temperature: float = 0.0,      # 0: always the best token
