@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['Form', 'UNKNOWN_STACK', 'BRANCHES', 'NOTHING', 'THE_END', 'TEXT', 'STOP', 'NEVER', 'FINE', 'UNKNOWN', 'FULL', 'NODE',
-           'EDGE', 'START', 'Parser', 'Item', 'Node', 'pack', 'unpack', 'Automaton', 'Tables', 'addresses', 'Scratch',
-           'Engine', 'merge_equal', 'engine_of', 'CompiledConstraint', 'compile_grammar', 'below', 'fill_in',
-           'reachable']
+           'EDGE', 'START', 'ENGINES', 'Parser', 'Item', 'Node', 'pack', 'unpack', 'Automaton', 'Tables', 'addresses',
+           'Scratch', 'Engine', 'merge_equal', 'engine_of', 'save_engine', 'CompiledConstraint', 'compile_grammar',
+           'below', 'fill_in', 'reachable']
 
 # %% ../../nbs/decoding/22_pre3.ipynb #6d891d75
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from hashlib import sha256
+from os import getpid
+from pathlib import Path
+from pickle import Unpickler, UnpicklingError, dumps
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from warnings import warn
 
 import numpy as np
 from numba import carray, njit, types
@@ -599,9 +604,18 @@ class Engine:
         self.stop = self.intern(self._stopping(np.zeros(self.width, np.int32)))     # the row that only ends the text
         self.effects = Effects(self.scanner, self.width)
         self.sign: tuple[int, ...] = ()
+        self.compiled: dict[tuple[Grammar, str, str], int] = {}  # numbers by grammar, kind of tables and saturation
         self.answers: dict[tuple[int, int], int] = {}   # numbers behind which a remembered value lies
         self.starts: dict[tuple[int, bytes], int] = {}  # lexer states by grammar and terminals that may come
         self._room(int(np.diff(off).max(initial=1)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("sign", "tables", "at", "scratch", "_scratch_at", "_lr")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"sign": ()}
+        self._room(self.longest)
+        self.refresh()
 
     def _room(self, longest: int) -> None:
         "Scratch space for tokens of this length."
@@ -810,12 +824,66 @@ def merge_equal(
     return replace(grammar, productions=tuple(dict.fromkeys(Production(p.lhs, tuple(twice.get(s, s) for s in p.rhs)) for p in grammar.productions)), terminals=tuple(t for t in grammar.terminals if t.name not in twice))
 
 
-@lru_cache(8)
+ENGINES = 8                                # of so many vocabularies the engines are kept in memory
+_ENGINES: dict[Vocabulary, Engine] = {}
+
+
 def engine_of(
     vocabulary: Vocabulary,
+    cache_dir: Path | str | None = None,  # where an engine of an earlier process may lie, see `save_engine`
 ) -> Engine:
     "The engine of a vocabulary, made once."
-    return Engine(vocabulary)
+    if vocabulary not in _ENGINES:
+        kept = None if cache_dir is None else _load_engine(_engine_path(vocabulary, Path(cache_dir)))
+        while len(_ENGINES) >= ENGINES: del _ENGINES[next(iter(_ENGINES))]
+        _ENGINES[vocabulary] = Engine(vocabulary) if kept is None else kept
+    return _ENGINES[vocabulary]
+
+
+def save_engine(
+    vocabulary: Vocabulary,
+    cache_dir: Path | str,
+) -> Path:                  # the file
+    "Keep everything made for a vocabulary on disk: its grammars, and every row that was ever met."
+    path = _engine_path(vocabulary, Path(cache_dir))
+    part = path.with_suffix(f".{getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(dumps(engine_of(vocabulary), protocol=5))
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        warn(f"cache_dir={str(cache_dir)!r}: {e.strerror or e}; nothing is kept for the next process; give a folder that can be written", stacklevel=2)
+    return path
+
+
+@lru_cache(1)
+def _sources() -> str:
+    "A digest of this package's code: what other code wrote is not read."
+    return sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+
+
+def _engine_path(vocabulary: Vocabulary, folder: Path) -> Path:
+    return folder / f"engine-{vocabulary.sha256[:24]}-{_sources()}.pickle"
+
+
+class _Reader(Unpickler):
+    "Reads arrays, plain values and this package's classes, and nothing else."
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith(f"{__package__}.") or module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer") or (module, name) in (("builtins", "set"), ("builtins", "frozenset"), ("_codecs", "encode")):
+            return super().find_class(module, name)
+        raise UnpicklingError(f"{module}.{name} has no place in the file of an engine; delete the file")
+
+
+def _load_engine(path: Path) -> Engine | None:
+    "What a file holds; None where there is none, or (with a warning) where it cannot be read."
+    try:
+        with path.open("rb") as f: return _Reader(f).load()  # type: ignore[no-any-return]
+    except FileNotFoundError: return None
+    except (OSError, UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError) as e:
+        warn(f"{path}: cannot be read ({e}); its tables are made again, and the file is written anew", stacklevel=4)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -859,14 +927,19 @@ def compile_grammar(
     saturate: Literal["lazy", "full"] = "lazy",                      # "full": make everything now, so that no step ever has to
     limit: int = 200_000,                                            # entries of the stack automaton that "full" may make
     progress: bool = False,
+    cache_dir: Path | str | None = None,                             # keep everything here for the next process, and begin with what is there
 ) -> CompiledConstraint:
-    "Make a grammar ready to mask tokens."
+    "Make a grammar ready to mask tokens; the same grammar again costs nothing."
     if saturate not in ("lazy", "full"): raise ValueError(f"saturate={saturate!r}: choose 'lazy' (make what is met) or 'full' (make everything now)")
-    grammar, engine = merge_equal(grammar), engine_of(vocabulary)
-    tables = build_tables(grammar, table)
-    number = engine.add(grammar, tables, saturate == "lazy" and not tables.alternatives)
-    if saturate == "full": fill_in(engine.automata[number], limit, progress)
-    return CompiledConstraint(engine, number, saturate == "full")
+    engine, key = engine_of(vocabulary, cache_dir), (grammar, table, saturate)
+    if key not in engine.compiled:
+        merged = merge_equal(grammar)
+        tables = build_tables(merged, table)
+        number = engine.add(merged, tables, saturate == "lazy" and not tables.alternatives)
+        if saturate == "full": fill_in(engine.automata[number], limit, progress)
+        engine.compiled[key] = number
+        if cache_dir is not None: save_engine(vocabulary, cache_dir)
+    return CompiledConstraint(engine, engine.compiled[key], saturate == "full")
 
 # %% ../../nbs/decoding/22_pre3.ipynb #7729ae21
 def below(

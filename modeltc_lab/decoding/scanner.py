@@ -7,7 +7,7 @@ __all__ = ['BEFORE', 'Members', 'Texts', 'Exit', 'Walk', 'Scanner']
 
 # %% ../../nbs/decoding/21b_scanner.ipynb #59e98f1d
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -141,6 +141,8 @@ class Scanner:
         self.walks: dict[tuple[int, int, int], Walk] = {}
         self.wanted: list[NDArray[np.bool_]] = []
         self.everything = self.set_of(self.texts.whole)
+
+    def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {"walks": {}}  # quickly made again
 
     def label(self, terminal: Terminal) -> int:
         "Number of a pattern."

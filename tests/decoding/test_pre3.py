@@ -1,7 +1,9 @@
 "Masks, against parsers that know nothing of the engine: a lexer by automata and a parser by tables for real grammars, Earley's algorithm for random ones."
+import pickle
 import random
 from base64 import b64decode
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from modeltc_lab.core.data import load
+from modeltc_lab.decoding import pre3
 from modeltc_lab.decoding.batch import BatchState, StackLimit, ThreadLimit
 from modeltc_lab.decoding.grammar import Grammar, GrammarError, Production, Terminal
 from modeltc_lab.decoding.lr import END, GrammarConflict, build_tables, next_terminals, push_terminal
@@ -361,3 +364,67 @@ def test_the_json_parsing_suite():
         assert taken == (case["expect"] == "accept"), case["name"]
         seen[case["expect"]] += 1
     assert min(seen.values()) >= 95
+
+
+@pytest.mark.parametrize("name", ["json", "arithmetic", "xml", "sql"])
+def test_effects_and_automaton_give_the_same_rows(name):
+    "The lazy way runs the effects of the tokens on the stack; the automaton reads the stack from the top. Neither knows the other."
+    grammar, lazy, rng = merge_equal(Grammar.named(name)), compiled(name), random.Random(name)
+    automaton = CompiledConstraint(lazy.engine, lazy.engine.add(grammar, build_tables(grammar)), False)
+    assert automaton.automaton.remembered < 0 <= lazy.automaton.remembered
+    for _ in range(12):
+        a, b = lazy.matcher(), automaton.matcher()
+        for _ in range(25):
+            assert np.array_equal(a.row(), b.row())
+            ids = a.allowed().tolist()
+            token = rng.choice([i for i in ids if len(SMOL.tokens[i] or b"") <= 2] or ids) if rng.random() < 0.6 else rng.choice(ids)
+            assert a.accept(token) and b.accept(token)
+            if a.terminated: break
+
+
+def test_a_matcher_lives_on_while_others_add_lexer_states():
+    "The engine's arrays move when they grow; whoever looks next must look at the new ones."
+    vocabulary = Vocabulary.from_bytes([*(bytes([i]) for i in range(256)), None], [256])
+    c = compile_grammar(Grammar.from_lark('start: "' + '" "'.join(f"word{i}x" for i in range(40)) + '"\n%ignore " "', name="words"), vocabulary)
+    m, text = c.matcher(), b" ".join(b"word%dx" % i for i in range(40))
+    assert m.refusal(text) is None and m.accept_bytes(text) and m.is_accepting
+    assert m.engine.scanner.closed > 64
+
+
+def test_an_engine_from_disk_gives_the_same_rows(tmp_path):
+    tokens = [b"1", b"+", b"(", b")", b"))", b"+(", b"1)", None]
+    grammar = Grammar.from_lark('start: t ("+" t)*\nt: "1" | "(" start ")"', name="kept")
+    first, second = (Vocabulary.from_bytes([*tokens], [7]) for _ in range(2))
+    a = compile_grammar(grammar, first, cache_dir=tmp_path)
+    texts = [b"", b"1", b"((1", b"(1+", b"((((1"]
+    def rows(c):
+        out = []
+        for text in texts:
+            m = c.matcher()
+            assert m.accept_bytes(text)
+            out.append(m.row().tolist())
+        return out
+    expected = rows(a)
+    pre3.save_engine(first, tmp_path)
+    pre3._ENGINES.pop(second, None)
+    b = compile_grammar(grammar, second, cache_dir=tmp_path)
+    misses = b.engine.misses
+    assert b.engine is not a.engine and rows(b) == expected and b.engine.misses == misses
+    assert compile_grammar(grammar, second).number == b.number
+
+
+def test_a_damaged_or_foreign_file_is_not_read(tmp_path):
+    vocabulary = Vocabulary.from_bytes([b"1", None], [1])
+    grammar = Grammar.from_lark('start: "1"', name="one")
+    path = pre3.save_engine(vocabulary, tmp_path)
+    for content in (path.read_bytes()[:-20], b"", pickle.dumps(print), pickle.dumps(Path("x"))):
+        path.write_bytes(content)
+        pre3._ENGINES.pop(vocabulary)
+        with pytest.warns(UserWarning, match="cannot be read"): c = compile_grammar(grammar, vocabulary, cache_dir=tmp_path)
+        assert c.matcher().allowed().tolist() == [0]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    vocabulary = Vocabulary.from_bytes([b"1", b"2", None], [2])
+    with pytest.warns(UserWarning, match="nothing is kept"): compile_grammar(Grammar.from_lark('start: "1"', name="one"), vocabulary, cache_dir=tmp_path / "file" / "below")
