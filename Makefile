@@ -74,8 +74,9 @@ kernels: $(VENV)/.dev  ## compile every kernel for sm_90 (no GPU needed) and sho
 	$(PY) kernels/bench/compile_check.py
 
 gpu:  ## on a machine with a GPU: kernel tests, then benchmarks, records into docs/results (GPU_PYTHON=python3)
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels -q --import-mode=importlib -p no:cacheprovider
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels tests/decoding/test_device.py -q --import-mode=importlib -p no:cacheprovider
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_paged_decode.py
+	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_constrained.py
 
 peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's scheduler and structured outputs, each in an environment of its own (fetches vLLM, a third of a gigabyte)
 	PYTHON=$(PY) bash tests/peers/transformers_versions.sh

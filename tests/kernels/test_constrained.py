@@ -1,6 +1,10 @@
 "Constrained decoding on the device: kernels against references, in the interpreter on CPU and on a GPU alike, and against the batch of the host."
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -609,3 +613,53 @@ def test_the_recorded_step_in_the_interpreter(real):
         host.reset([b for b, over in enumerate(host.terminated) if over])
         assert batch.row_ids().tolist() == host.row_ids().tolist()
     assert batch.flags().tolist() == [0] * 3
+
+
+# --- the benchmark -----------------------------------------------------------------------------------------------------------
+
+BENCH = Path(__file__).resolve().parents[2] / "kernels/bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    pytest.importorskip("numba", reason="compiling grammars needs numba")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_constrained
+    return bench_constrained
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_nothing_is_timed_without_a_gpu(tmp_path):
+    done = subprocess.run([sys.executable, BENCH / "bench_constrained.py", "--out", tmp_path / "rows.json"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and "nothing is timed" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_and_gate(bench, device, monkeypatch):
+    "Sequences stand where the texts say; the gate lets the kernels through and refuses a mask that allows too much, a wrong choice, a step that does nothing."
+    from modeltc_lab.decoding.device import DeviceBatch
+    from modeltc_lab.decoding.grammar import Grammar
+    from modeltc_lab.decoding.pre3 import compile_grammar
+    vocabulary = bench.made_vocabulary(700)
+    constraint = compile_grammar(Grammar.json(), vocabulary, saturate="full")
+    texts = [bench.tokens_of(vocabulary, t) for t in bench.TEXTS]
+    for text, tokens in zip(bench.TEXTS, texts): assert b"".join(vocabulary.tokens[t] for t in tokens) == text and constraint.matcher().accept_bytes(text)
+    batch, tokens = bench.placed(constraint, texts, 9, device, impl="torch")
+    assert len(set(batch.state.length.tolist())) > 1 and batch.flags().tolist() == [0] * 9
+    rows = batch.tables.rows[batch.row_ids().long()]
+    assert all(int(rows[b, t >> 5]) >> (t & 31) & 1 for b, t in enumerate(tokens.tolist()))
+    advance, whole, chosen = bench.steps_of(batch, tokens, torch.zeros(9, 700, device=device))
+    before = batch.state.length.tolist()
+    for step in (advance, whole, chosen): step()
+    assert batch.state.length.tolist() == before and batch.flags().tolist() == [0] * 9
+    small = lambda: DeviceBatch([constraint] * 3, device, impl="torch")
+    bench.gate(small(), steps=3)
+    for name, wrong, message in (("apply_", lambda self, logits: None, "masked logits differ"), ("argmax", lambda self, logits: logits.argmax(1), "chosen tokens differ"), ("advance_", lambda self, tokens: None, "masks after a token differ")):
+        with monkeypatch.context() as m:
+            m.setattr(DeviceBatch, name, wrong)
+            with pytest.raises(ValueError, match=message): bench.gate(small(), steps=6)
+
+
+def test_peer_that_is_not_there_is_said(bench, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    assert bench.xgrammar_step(None, None, None, None, None) is None and "xgrammar is not installed" in capsys.readouterr().out
