@@ -852,7 +852,7 @@ def save_engine(
         part.write_bytes(dumps(engine_of(vocabulary), protocol=5))
         part.replace(path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        if part.exists(): part.unlink()
         warn(f"cache_dir={str(cache_dir)!r}: {e.strerror or e}; nothing is kept for the next process; give a folder that can be written", stacklevel=2)
     return path
 
@@ -880,7 +880,7 @@ def _load_engine(path: Path) -> Engine | None:
     "What a file holds; None where there is none, or (with a warning) where it cannot be read."
     try:
         with path.open("rb") as f: return _Reader(f).load()  # type: ignore[no-any-return]
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError) as e:
         warn(f"{path}: cannot be read ({e}); its tables are made again, and the file is written anew", stacklevel=4)
         return None
