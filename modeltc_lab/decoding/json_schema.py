@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANY_NUMBER', 'NO_NUMBER', 'DRAFTS', 'NAMES', 'TYPES', 'FREE', 'State', 'Target', 'Order', 'UnsupportedSchema',
-           'Formula', 'Numbers', 'Values', 'Formulas', 'draft_of', 'Place', 'Meaning', 'Budget', 'Machine', 'walk',
-           'Machines', 'Emitter', 'of_every', 'from_json_schema']
+           'Formula', 'Numbers', 'Values', 'Formulas', 'draft_of', 'Place', 'Places', 'Meaning', 'Budget', 'Machine',
+           'walk', 'Machines', 'Emitter', 'of_every', 'from_json_schema']
 
 # %% ../../nbs/decoding/23_json_schema.ipynb #ff8785e6
 import json
@@ -273,16 +273,16 @@ def _canonical(value: Any) -> Any:
 
 def _key(name: str) -> Strings: return Strings(frozenset([name]))
 
-# %% ../../nbs/decoding/23_json_schema.ipynb #8b06336b
-class Meaning:
-    "Reads schemas: the set of values of each, and of what each excludes."
+# %% ../../nbs/decoding/23_json_schema.ipynb #4c3c23bf
+class Places:
+    "Schemas by number, and where references lead."
 
-    def __init__(self, root: Any, draft: int, remotes: Mapping[str, Any], formats: str, lenient: bool, cap: int):
+    def __init__(self, root: Any, draft: int, remotes: Mapping[str, Any]):
         import referencing.jsonschema as rj
         from jsonschema_specifications import REGISTRY
         from referencing import Registry, Resource
 
-        self.f, self.formats, self.lenient, self.cap = Formulas(), formats, lenient, cap
+        self.f = Formulas()
         self.specs = {4: rj.DRAFT4, 6: rj.DRAFT6, 7: rj.DRAFT7, 2019: rj.DRAFT201909, 2020: rj.DRAFT202012}
         spec = self.specs[draft]
         registry: Any = REGISTRY
@@ -290,20 +290,11 @@ class Meaning:
         resource = spec.create_resource(root)
         uri = resource.id() or ""
         resolver = registry.with_resource(uri, resource).resolver(uri)
-        self.warnings: dict[str, None] = {}
         self.places: list[Place] = []
         self.numbered: dict[tuple[Any, ...], int] = {}
         self.dynamic = "$dynamicRef" in (text := json.dumps(root)) or "$recursiveRef" in text or any("$dynamicRef" in json.dumps(c) or "$recursiveRef" in json.dumps(c) for c in remotes.values())
-        self.memo: dict[tuple[int, bool], Values] = {}
-        self.busy: set[tuple[int, bool]] = set()
-        self.consts: list[Any] = []
-        self.const_ids: dict[Any, int] = {}
-        self.expanded: dict[Formula, Values] = {}
-        self.clashes: dict[Formula, bool] = {}
-        self.refs: dict[tuple[int, str], Place] = {}
         self.root = self.place(Place(root, resolver, draft, "#"))
 
-    # where
     def place(self, p: Place) -> Formula:
         "The set of a schema, not yet looked at."
         if p.schema is True or p.schema == {}: return self.f.yes
@@ -346,7 +337,21 @@ class Meaning:
             if isinstance(said, str): draft = DRAFTS.get(said.rstrip("#"), draft)
         return Place(found.contents, resolver, draft, reference if reference.startswith("#") else reference)
 
-    # what
+# %% ../../nbs/decoding/23_json_schema.ipynb #12df426a
+class Meaning(Places):
+    "Reads schemas: the set of values of each, and of what each excludes."
+
+    def __init__(self, root: Any, draft: int, remotes: Mapping[str, Any], formats: str = "annotate", lenient: bool = False, cap: int = 512):
+        super().__init__(root, draft, remotes)
+        self.formats, self.lenient, self.cap = formats, lenient, cap
+        self.warnings: dict[str, None] = {}
+        self.memo: dict[tuple[int, bool], Values] = {}
+        self.busy: set[tuple[int, bool]] = set()
+        self.consts: list[Any] = []
+        self.const_ids: dict[Any, int] = {}
+        self.expanded: dict[Formula, Values] = {}
+        self.clashes: dict[Formula, bool] = {}
+
     def values(self, p: Formula) -> Values:
         "The set that a formula about one value stands for."
         if p not in self.expanded:
@@ -1044,7 +1049,7 @@ class Machines:
                     if now > at: moved = tuple(self.passed(x, names[at:now]) for x in moved)
                     ways = self.split(moved, machine.pointer)
                 if not ways: continue
-                context = self.context(tuple(ways.values()), machine.pointer)
+                context = self.context(tuple(ways.values()), f"{machine.pointer}/{'*' if name is None else name}")
                 for j, t in enumerate(ways):
                     to = t, now
                     if to not in number:
