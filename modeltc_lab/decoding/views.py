@@ -534,7 +534,7 @@ class Mask(NamedTuple):
     row: int                       # number of the mask among all that were met
     stack: tuple[int, ...]         # LR states, the start at the bottom
     looked: int                    # states that were read from the top to find the row
-    made: int                      # table entries that had to be made for it; 0: a look-up
+    missed: int                    # look-ups that found nothing, so that it had to be worked out
     may_end: bool
 
 
@@ -552,10 +552,11 @@ def walked(
     m: Matcher,                # of a grammar without conflicts
 ) -> list[tuple[int, int]]:    # from the top: LR state read, node reached; the last one is the answer, below zero
     "The way of the automaton down the stack."
-    (q, stack), = m.threads()
-    node, way = m.engine.get(m.constraint.automaton.roots, q), list[tuple[int, int]]()
+    m.row()                                                                # now the way is known
+    ((q, stack),), a, table, way = m.threads(), m.constraint.automaton, m.engine.table, list[tuple[int, int]]()
+    node = table.get(*((a.roots, q) if a.remembered < 0 else (a.remembered + 1, q)))
     for state in reversed(stack):
-        node = m.engine.get(node, state)
+        node = table.get(node, state)
         way.append((state, node))
         if node < 0: break
     return way
@@ -571,8 +572,8 @@ def mask_lens(
     for i in (*tokens, -1):
         before = m.engine.misses
         allowed = m.allowed()
-        made = m.engine.misses - before
-        masks.append(Mask(read, i, len(allowed), effects(m, allowed), int(m.batch.row_ids()[0]), m.threads()[0][1], len(walked(m)), made, m.is_accepting))
+        missed = m.engine.misses - before
+        masks.append(Mask(read, i, len(allowed), effects(m, allowed), int(m.batch.row_ids()[0]), m.threads()[0][1], len(walked(m)), missed, m.is_accepting))
         if i < 0: break
         if not m.accept(i):
             refused = refusal(constraint, read, m.engine.vocabulary.tokens[i] or b"")
@@ -638,7 +639,7 @@ def token_mask_lens(
     ends = np.cumsum([0, *(h + gap for h in sizes)]) / total
     domain = [[max(1 - ends[k] - h / total, 0.0), 1 - ends[k]] for k, h in enumerate(sizes)]
     fig = go.Figure()
-    for name, keep, color in (("looked up", lambda m: not m.made, "#0072b2"), ("had to be made", lambda m: m.made, "#d55e00")):
+    for name, keep, color in (("looked up", lambda m: not m.missed, "#0072b2"), ("had to be worked out", lambda m: m.missed, "#d55e00")):
         fig.add_bar(x=list(range(len(lens.masks))), y=[m.allowed if keep(m) else None for m in lens.masks], name=name, marker=dict(color=color, line=dict(width=0)), text=names,
                     hovertemplate="before token %{text}: %{y:,} may come", textposition="none")
     fig.add_scatter(x=[-0.5, len(lens.masks) - 0.5], y=[v.size] * 2, mode="lines", name="whole vocabulary", line=dict(color=INK, dash="dash"), hoverinfo="skip")
@@ -654,7 +655,7 @@ def token_mask_lens(
     rows = [["read", f"<b>{shown}</b>"], ["comes next", f"<b>{_token(v, now.token)}</b>" + (f": refused, {_written(lens.refused, 170).replace('␣', ' ')}" if lens.refused and step == len(lens.masks) - 1 else "")],
             ["LR stack", " │ ".join(f"<b>{s}</b>" if k >= len(now.stack) - now.looked else f"<i>{s}</i>" for k, s in list(enumerate(now.stack))[-24:]) + f"   ({now.looked} of {len(now.stack)} read, from the right)"],
             ["may end", "yes" if now.may_end else "no"],
-            ["row", f"number {now.row} of {lens.constraint.engine.count} different masks so far; " + ("looked up" if not now.made else f"{now.made} table entries were made for it")],
+            ["row", f"number {now.row} of {lens.constraint.engine.count} different masks so far; " + ("looked up (hit)" if not now.missed else "worked out (miss), known from now on")],
             ["forced", f"<b>{_written(forced, 40)}</b>: " + ("may come" if not verdict else _written(verdict, 460).replace("␣", " ")) if forced else "–"]]
     fig.add_trace(_table(["step " + str(step), ""], rows, "now", y=(domain[2][0], domain[2][1]), widths=[1, 6]))
     said = "" if not forced else f"; {forced if len(forced) < 16 else forced[:15] + '…'!r} " + ("refused" if verdict else "allowed")

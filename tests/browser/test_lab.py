@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_MS, CELL_PATIENCE_MS = 180_000, 600_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles
-TECHNIQUE, GALLERY = "serving/13_past_future.ipynb", "serving/19_views.ipynb"
+TECHNIQUE, GALLERY, DECODING = "serving/13_past_future.ipynb", "serving/19_views.ipynb", "decoding/29_views.ipynb"
 
 
 def free_port():
@@ -106,6 +106,14 @@ def gallery(lab, browser):
     page.close()
 
 
+@pytest.fixture(scope="module")
+def decoding(lab, browser):
+    "The views of constrained decoding."
+    page = opened(lab, browser, DECODING)
+    yield page
+    page.close()
+
+
 # The notebook is in front, its kernel answers, and JupyterLab would run its cells: a menu that is opened earlier lists a command that does nothing, and nothing ever runs.
 READY = """path => {
   const app = window.jupyterapp, panel = app?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
@@ -162,7 +170,7 @@ def press(slider, key="ArrowRight"):
     slider.press(key)
 
 
-@pytest.mark.parametrize("name", ["notebook", "gallery"])
+@pytest.mark.parametrize("name", ["notebook", "gallery", "decoding"])
 def test_no_cell_failed(name, request):
     notebook = request.getfixturevalue(name)
     assert notebook.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").all_text_contents() == []
@@ -229,6 +237,51 @@ def test_simulator_check_every_control(gallery):
     moves(gallery, cell, lambda: cell.locator("select").select_option(index=0))
 
 
+NODE = """el => { const g = el.querySelector('.js-plotly-plot'), l = g._fullLayout, box = g.getBoundingClientRect(), p = g.calcdata[7][0];
+  return [box.left + l.xaxis._offset + l.xaxis.d2p(p.x), box.top + l.yaxis._offset + l.yaxis.d2p(p.y), g.data[7].text[0]]; }"""
+SAYS = "([el, said]) => el.textContent.includes(said)"
+
+
+def test_automaton_explorer_every_control(decoding):
+    cell = widget(decoding, cells_with("explorer", DECODING))
+    handle, buttons, inputs = cell.element_handle(), cell.locator(".widget-toggle-buttons button"), cell.locator("input[type=text]")
+    before, after = moves(decoding, cell, lambda: press(cell.locator(".noUi-handle").first, "ArrowLeft"))
+    assert "8 bytes read" in before[0] and "7 bytes read" in after[0]
+    for i, kind in ((1, "Pager"), (2, "LR(1)"), (0, "LALR")): assert moves(decoding, cell, lambda i=i: buttons.nth(i).click())[1][0].startswith(f"{kind} (")
+    assert moves(decoding, cell, lambda: cell.locator("select").nth(1).select_option("3"))[1][0].endswith("state 3")
+    x, y, name = handle.evaluate(NODE)                                   # a state on the stack, below the top
+    assert moves(decoding, cell, lambda: decoding.mouse.click(x, y))[1][0].endswith(f"state {name}")
+    assert "1 bytes read, the next is refused" in moves(decoding, cell, lambda: inputs.first.fill("1)"))[1][0]
+    cell.locator("textarea").fill('start: "a')
+    cell.locator("textarea").press("Tab")
+    decoding.wait_for_function(SAYS, arg=[handle, "begins nothing that Lark's notation knows"])
+    assert "27, Pager 27" in moves(decoding, cell, lambda: cell.locator("select").first.select_option("json"))[1][0]
+    assert not handle.evaluate("el => el.textContent.includes('begins nothing')")
+
+
+def test_token_mask_lens_every_control(decoding):
+    cell = widget(decoding, cells_with("lens_widget", DECODING))
+    inputs = cell.locator("input[type=text]")
+    before, after = moves(decoding, cell, lambda: press(cell.locator(".noUi-handle").first))
+    assert before[0].startswith("step 0: ") and after[0].startswith("step 1: ")
+    assert "refused" in moves(decoding, cell, lambda: inputs.last.fill("]"))[1][0]
+    def write():
+        inputs.first.fill('{"name": 1}')
+        inputs.first.press("Enter")
+    moves(decoding, cell, write)
+    moves(decoding, cell, lambda: cell.locator("button:text-is('forget the table')").click())
+    assert moves(decoding, cell, lambda: cell.locator("select").select_option("arithmetic"))[1][0].startswith("step 0: ")
+
+
+def test_cost_board_every_control(decoding):
+    if not list((ROOT / "docs/results/decoding/batch_speed").glob("*.json")): pytest.skip("no record of decoding/batch_speed yet")
+    index = next(i for i, s in enumerate(sources(DECODING)) if s.startswith("recorded = "))
+    cell = widget(decoding, index)
+    moves(decoding, cell, lambda: press(cell.locator(".noUi-handle, .ui-slider-handle").first, "ArrowLeft"))
+    assert "p99" in moves(decoding, cell, lambda: cell.locator(".widget-toggle-buttons button:text-is('p99')").click())[1][0]
+    moves(decoding, cell, lambda: cell.locator("select").select_option(index=1))
+
+
 def test_twin_slider_moves_in_the_notebook(notebook):
     cell = widget(notebook, sources(TECHNIQUE).index("views.memory_timeline_twin()"))
     rail = cell.locator(".slider-rail-touch-rect")
@@ -236,7 +289,7 @@ def test_twin_slider_moves_in_the_notebook(notebook):
     moves(notebook, cell, lambda: rail.click(position={"x": 6, "y": 6}))
 
 
-@pytest.mark.parametrize("name", ["notebook", "gallery"])
+@pytest.mark.parametrize("name", ["notebook", "gallery", "decoding"])
 def test_quiet(name, request):
     "No page error, no pop-up, no request to another host."
     page = request.getfixturevalue(name)

@@ -8,6 +8,7 @@ import pytest
 pytestmark = pytest.mark.browser
 SITE = Path(__file__).resolve().parents[2] / "docs" / "_site"
 TECHNIQUE, GALLERY = "serving/past_future.html", "serving/views.html"
+DECODING, LENSES = "decoding/pre3.html", "decoding/views.html"
 DRAWN = "() => { const all = [...document.querySelectorAll('.mlab-figure .plot, .mlab-twin .plot')]; return all.length > 0 && all.every(d => d.querySelector('.main-svg')); }"
 SHOWN = "el => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]); }"
 CHANGED = "([el, old]) => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]) !== old; }"
@@ -62,7 +63,7 @@ def press(page, twin, control, key):
     return before, twin.evaluate(SHOWN)
 
 
-@pytest.mark.parametrize("name", [TECHNIQUE, GALLERY])
+@pytest.mark.parametrize("name", [TECHNIQUE, GALLERY, LENSES])
 def test_every_slider_of_a_twin_moves_with_the_keyboard(visit, name):
     "Each slider alone changes the drawn figure, and moving it back restores what was there."
     page = visit.open(name, DRAWN)
@@ -83,11 +84,12 @@ def test_every_slider_of_a_twin_moves_with_the_keyboard(visit, name):
             assert (moved_from, restored) == (moved, first) and value.text_content() == said
 
 
-def test_every_choice_of_a_twin_moves_the_figure(visit):
+@pytest.mark.parametrize("name, least", [(GALLERY, 3), (LENSES, 2)])
+def test_every_choice_of_a_twin_moves_the_figure(visit, name, least):
     "Each list alone changes the drawn figure, whatever is chosen."
-    page = visit.open(GALLERY, DRAWN)
+    page = visit.open(name, DRAWN)
     twins = page.locator(".mlab-twin").filter(has=page.locator("select"))
-    assert twins.count() >= 3
+    assert twins.count() >= least
     for i in range(twins.count()):
         twin, handle = twins.nth(i), twins.nth(i).element_handle()
         for choice in twin.locator("select").all():
@@ -173,13 +175,13 @@ def test_words_can_be_read(visit, name, look):
     assert page.evaluate(FAINT) == []
 
 
-@pytest.mark.parametrize("name", ["index.html", TECHNIQUE, "api/serving.token_sim.html", "status.html", "results.html"])
+@pytest.mark.parametrize("name", ["index.html", TECHNIQUE, DECODING, LENSES, "api/serving.token_sim.html", "status.html", "results.html"])
 @pytest.mark.parametrize("width, look", [(420, "dark"), (1400, "light")])
 def test_nothing_sticks_out(visit, name, width, look):
     "The page does not scroll sideways, and its figures fit into it."
     visit.page.set_viewport_size({"width": width, "height": 900})
     choose(visit.open(name), look)
-    page = visit.open(name, DRAWN if name in ("index.html", TECHNIQUE) else "() => document.readyState === 'complete'")
+    page = visit.open(name, DRAWN if name in ("index.html", TECHNIQUE, DECODING, LENSES) else "() => document.readyState === 'complete'")
     page.wait_for_function(f"() => ({OVERFLOW})() <= 0")
     page.wait_for_function(f"() => ({CUT})() === 0")
     clipped = "all => all.filter(el => el.scrollWidth > el.clientWidth + 1 && el.clientWidth > 2).map(el => el.textContent.trim())"

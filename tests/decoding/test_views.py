@@ -188,7 +188,7 @@ def test_lens_counts_what_the_matcher_allows():
         assert (m.engine.rows[mask.row] == m.row()).all() and 1 <= mask.looked <= len(mask.stack)
         if mask.token >= 0: m.accept(mask.token)
     again = views.mask_lens(c, tokens)
-    assert [x.made for x in again.masks] == [0] * len(again.masks)
+    assert [x.missed for x in again.masks] == [0] * len(again.masks)
 
 
 def test_only_the_states_that_were_read_decide():
@@ -200,12 +200,12 @@ def test_only_the_states_that_were_read_decide():
     assert mask.looked < len(mask.stack) and mask.stack[-mask.looked:] == other.stack[-mask.looked:] and mask.row == other.row
 
 
-def test_first_walk_makes_entries_and_counts_them():
+def test_first_walk_misses_and_counts_it():
     engine, g = Engine(views.SMALL), merge_equal(Grammar.json())
     before = engine.misses
     lens = views.mask_lens(CompiledConstraint(engine, engine.add(g, build_tables(g)), False), SMALL[1]("[1, 2, 3]"))
-    assert lens.masks[0].made > 0 and sum(m.made for m in lens.masks) <= engine.misses - before
-    assert lens.masks[-2].made == 0  # the third number is like the second
+    assert lens.masks[0].missed > 0 and sum(m.missed for m in lens.masks) <= engine.misses - before
+    assert lens.masks[-2].missed == 0  # the third number is like the second
 
 
 @pytest.mark.parametrize("read, text, parts", [
@@ -246,9 +246,9 @@ def test_lens_widget_follows_every_control():
     follow_controls(box, moves)
     assert box.controls["text"].value == views.LENS_TEXTS["arithmetic"] and box.controls["step"].value == 0
     box.controls["text"].value = box.controls["text"].value + "+1"
-    known = sum(m.made for m in box.lens.masks)
+    known = sum(m.missed for m in box.lens.masks)
     box.controls["forget"].click()
-    assert sum(m.made for m in box.lens.masks) > known and box.message.value == ""
+    assert sum(m.missed for m in box.lens.masks) > known and box.message.value == ""
     box.controls["forced"].value = "nonsense$"
     assert "refused" in box.fig.layout.title.text
 
