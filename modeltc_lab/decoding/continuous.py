@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Carried', 'RequestConstraints', 'mask_rows', 'generate_batch']
 
-# %% ../../nbs/decoding/24b_continuous.ipynb #1f8d3b49
+# %% ../../nbs/decoding/24b_continuous.ipynb #0f485bdd
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState, RequestStatus
 
 from .batch import BatchState, State, Threads, apply_rows_
 from .grammar import GrammarError
@@ -216,7 +216,7 @@ def mask_rows(
     bits = torch.nn.functional.pad(bits, (0, scores.shape[1] - bits.shape[1]))
     return scores.masked_fill(~bits & (ids >= 0)[:, None], float("-inf"))
 
-# %% ../../nbs/decoding/24b_continuous.ipynb #b384ccb0
+# %% ../../nbs/decoding/24b_continuous.ipynb #d7aedc61
 def generate_batch(
     model: Any,                                            # causal language model of transformers
     inputs: Sequence[Sequence[int]],                       # prompts, token ids
@@ -240,6 +240,7 @@ def generate_batch(
         names = [rules.add_request(manager, ids, c, max_new_tokens=max_new_tokens) for ids, c in zip(inputs, constraints)]
         while len(done) < each * len(names):
             if (got := manager.get_result(timeout=1)) is not None:
+                if got.status == RequestStatus.FAILED: raise RuntimeError(f"continuous batching failed: {got.error}")
                 if got.is_finished(): done[got.request_id] = got
             elif not manager.is_running() or manager.background_thread_status.fatal_error: raise RuntimeError(f"continuous batching stopped with {len(done)} of {each * len(names)} replies") from manager.background_thread_status.fatal_error
             elif timeout_s is not None and monotonic() - started > timeout_s: raise TimeoutError(f"timeout_s={timeout_s}: {len(done)} of {each * len(names)} replies by now")

@@ -28,7 +28,7 @@ def vocabulary(): return Vocabulary.from_bytes([*(bytes([c]) for c in b"abcdefgh
 @pytest.fixture(scope="module")
 def rules(vocabulary):
     made = [Grammar.from_regex("[a-j]{4,30}"), Grammar.from_regex("[0-9]{3}-[0-9]{2,20}"), Grammar.from_lark('start: sum\nsum: atom | sum "+" atom\natom: /[0-9]+/ | "(" sum ")"')]
-    return [*(compile_grammar(g, vocabulary) for g in made), compile_grammar(Grammar.from_lark('start: start start | "ab" | "a"'), vocabulary, table="glr"), None]
+    return [*(compile_grammar(g, vocabulary) for g in made), compile_grammar(Grammar.from_lark('start: one+\none: x "a" "b" | y "a" "c"\nx: "d"\ny: "d"'), vocabulary, table="glr"), None]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def alone(model, rules, prompts):
     return out
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(blocks=28), dict(blocks=28, cpu_offload_space=0.01), dict(max_requests_per_batch=3)], ids=["room", "thrown out", "offloaded", "three at a time"])
+@pytest.mark.parametrize("settings", [dict(), dict(blocks=28), dict(max_requests_per_batch=3)], ids=["room", "thrown out", "three at a time"])
 def test_each_writes_what_it_writes_alone(model, rules, prompts, alone, settings, monkeypatch):
     reset = []
     again = RequestState.create_equivalent_initial_request
@@ -72,7 +72,7 @@ def test_samples_are_in_the_language(model, rules, prompts, vocabulary):
     config = GenerationConfig(do_sample=True, temperature=1.5, top_k=3, num_return_sequences=3, eos_token_id=END)
     replies = generate_batch(model, prompts[:5], rules, 60, config, small(per_request_processors=True), timeout_s=300)
     assert len(replies) == 15 and len({tuple(r.generated_tokens) for r in replies[:3]}) > 1
-    for i, pattern in ((0, "[a-j]{4,30}"), (1, "[0-9]{3}-[0-9]{2,20}"), (3, "a(a|b(?!b))*")):
+    for i, pattern in ((0, "[a-j]{4,30}"), (1, "[0-9]{3}-[0-9]{2,20}"), (3, "(da[bc])+")):
         for r in replies[3 * i:3 * i + 3]:
             if r.generated_tokens[-1] == END: assert re.fullmatch(pattern, vocabulary.text_of(r.generated_tokens).decode())
     assert all(r.generated_tokens[-1] == END for r in replies[:6])
@@ -158,6 +158,8 @@ def test_what_is_refused(model, rules, prompts, vocabulary):
     with pytest.raises(ValueError, match="one for each prompt"): generate_batch(model, prompts[:2], rules)
     with pytest.raises(ValueError, match="model.generate_batch"): generate_batch(model, prompts[:1], [None])
     with pytest.raises(ValueError, match="use_async_batching=False"): generate_batch(model, prompts[:1], rules[:1], continuous_batching_config=small(use_async_batching=True))
+    if not torch.cuda.is_available():                                 # transformers cannot offload to memory it cannot pin, and its loop ends at once
+        with pytest.raises(RuntimeError, match="pin"): generate_batch(model, prompts[:2], rules[:2], 8, GenerationConfig(**GREEDY), small(cpu_offload_space=0.01))
     manager = model.init_continuous_batching(GenerationConfig(**GREEDY), small())
     grammars = RequestConstraints(vocabulary)
     with pytest.raises(ValueError, match="call install first"): grammars.add_request(manager, prompts[0], rules[0])
