@@ -35,6 +35,7 @@ EXECUTED, SRC, SITE = BUILD / "executed", BUILD / "src", DOCS / "_site"
 PLOTLY, TWIN, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.modeltc.twin+json", "application/vnd.jupyter.widget-view+json"
 ROOMS = {"core": "Core", "serving": "Serving", "decoding": "Decoding", "quant": "Quantization", "matting": "Matting", "diffusion": "Diffusion", "sparsity": "Sparsity",
          "balance": "Balance", "kernels": "Kernels", "compare": "Comparisons"}
+KERNELS = {"paged decode attention": "paged_decode", "constrained decoding": "constrained"}  # family and what its records begin with
 EXTERNAL = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']((?:https?:)?//[^\"']+)[\"']", re.I)
 
 
@@ -291,11 +292,12 @@ def write_status():
     link = lambda room, names: ", ".join(f"[{n}](results.html#{room}-{n})" for n in names)
     rooms = {t.title: t.module.split(".")[1] for t in TECHNIQUES}
     yes, no = '<span class="yes">recorded</span>: ', '<span class="no">no record</span>'
+    cell = lambda family, names: yes + link("kernels", mine) if (mine := [n for n in names if n.startswith(family)]) else no
     lines = ["# What is verified", '<p class="lead">Rendered from the records: a cell that says “recorded” has files behind it, anything else has not been measured.</p>', "## Techniques",
              "| technique | state | CPU | GPU |\n|---|---|---|---|\n" + "\n".join(
                  f"| {title} | {state} | {yes + link(rooms[title], cpu) if cpu else no} | {yes + link(rooms[title], gpu) if gpu else no} |" for title, state, cpu, gpu in rows),
              "## Kernels", "| family | interpreter on CPU | compiled for sm_90 | run on a GPU |\n|---|---|---|---|\n"
-             f"| paged decode attention | test-suite | {yes + link('kernels', compiled) if compiled else no} | {yes + link('kernels', timed) if timed else no} |",
+             + "\n".join(f"| {title} | test-suite | {cell(family, compiled)} | {cell(family, timed)} |" for title, family in KERNELS.items()),
              "A kernel that compiles for a GPU builds and fits; only a run on one shows that it is right and fast there."]
     (SRC / "status.md").write_text("\n\n".join(lines) + "\n")
 
@@ -305,6 +307,7 @@ def command_of(domain, experiment):
     name = f"{domain}/{experiment}"
     if name in experiments(): return f"modeltc-lab run {name}"
     return {"kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu",
+            "kernels/constrained_resources": "python kernels/bench/compile_check.py --write", "kernels/constrained_step": "make gpu",
             "serving/engine_contract": "bash tests/peers/transformers_versions.sh", "serving/vllm_plugin": "bash tests/peers/vllm_scheduler.sh",
             "serving/token_sim_vidur": "bash tests/peers/vidur_speed.sh", "serving/engine_validation_cuda": "modeltc-lab validate --device cuda --results docs/results"}[name]
 
