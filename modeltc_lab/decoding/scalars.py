@@ -279,6 +279,10 @@ class Strings:
         a = self.auto
         return (self.but, self.names) if a is None else (a.classes.tobytes(), a.table.tobytes(), a.accept.tobytes())
 
+    def __repr__(self) -> str:
+        if self.auto is not None: return f"strings({len(self.auto.table)} states)"
+        return f"{'but' if self.but else 'only'}({', '.join(map(repr, sorted(self.names)[:4]))}{', ...' if len(self.names) > 4 else ''})"
+
     def __eq__(self, other: object) -> bool: return isinstance(other, Strings) and self.key == other.key
     def __hash__(self) -> int: return hash(self.key)
     def __bool__(self) -> bool: return self.auto is not None or self.but or bool(self.names)
