@@ -439,8 +439,8 @@ def _say(s, what, a, b, base, own, n, low):
     "Write down what has to be made."
     s.need[0], s.need[1], s.need[2], s.need[3] = what, a, b, n + low
     if n + low > len(s.stack): return FULL
-    s.stack[:low] = base[:low]
-    s.stack[low:low + n] = own[:n]
+    for i in range(low): s.stack[i] = base[i]
+    for i in range(n): s.stack[low + i] = own[i]
     return UNKNOWN
 
 
@@ -448,7 +448,7 @@ def _say(s, what, a, b, base, own, n, low):
 def _ends(p, scratch, number, q, base, sp):
     "May the text end in this lexer state? `FINE` or `UNKNOWN`; the answer; and the lowest cell that was read."
     t, s = _tables(p), _scratch(scratch)
-    at, own, n, low, deep, m = t.where[number], s.own[0], 0, sp, sp, 0
+    at, own, n, low, deep, m, none = t.where[number], s.own[0], np.int64(0), np.int64(sp), np.int64(sp), 0, np.int64(0)
     while True:
         if m:
             y = t.delta[q, s.feed[m - 1]]
@@ -467,11 +467,11 @@ def _ends(p, scratch, number, q, base, sp):
             m += 1
         c = t.column[at[5] + label]
         if c >= 0:
-            ok, n, low, deep = _shift(t, at, base, own, n, low, c, deep)
+            ok, n, low, deep = _shift(t, at, base, own, n, low, np.int64(c), deep)
             if ok == 3: return FULL, False, deep
             if ok != 1: return FINE, False, deep
         q, deep = _start(t, at[6], base, own, n, low, deep)
-        if q == -1: return _say(s, START, 0, 0, base, own, n, low), False, deep
+        if q == -1: return _say(s, START, none, none, base, own, n, low), False, deep
 
 
 @njit(cache=True, nogil=True)
@@ -488,10 +488,10 @@ def _or(words, t, node):
 def _simulate(p, scratch, number, q, base, sp):
     "Run the effects of a lexer state on a stack: `FINE`, `UNKNOWN` or `FULL`; and the lowest cell that was read."
     t, s = _tables(p), _scratch(scratch)
-    at, deep = t.where[number], sp
-    s.words[:] = 0
+    at, deep, none = t.where[number], np.int64(sp), np.int64(0)   # every number is an int64, so that one version of the helpers is compiled
+    for w in range(len(s.words)): s.words[w] = 0
     node = _find(t.edges, t.nodes, (-2 - t.more[number, 0]) << BITS | np.int64(q))
-    if node == -1: return _say(s, NODE, q, 0, base, s.own[0], 0, sp), deep
+    if node == -1: return _say(s, NODE, np.int64(q), none, base, s.own[0], none, deep), deep
     _or(s.words, t, node)
     s.frame[0, 0], s.frame[0, 1], s.frame[0, 2], s.frame[0, 3], f = t.exits[node], t.exits[node + 1], 0, sp, 0
     while f >= 0:
@@ -505,13 +505,13 @@ def _simulate(p, scratch, number, q, base, sp):
         for i in range(n): own[i] = s.own[f, i]
         c = t.column[at[5] + t.label[e]]
         if c >= 0:
-            ok, n, low, deep = _shift(t, at, base, own, n, low, c, deep)
+            ok, n, low, deep = _shift(t, at, base, own, n, low, np.int64(c), deep)
             if ok == 3: return FULL, deep
             if ok != 1: continue
         start, deep = _start(t, at[6], base, own, n, low, deep)
-        if start == -1: return _say(s, START, 0, 0, base, own, n, low), deep
+        if start == -1: return _say(s, START, none, none, base, own, n, low), deep
         node = _find(t.edges, t.nodes, np.int64(e) << BITS | np.int64(start))
-        if node == -1: return _say(s, EDGE, e, start, base, own, n, low), deep
+        if node == -1: return _say(s, EDGE, e, np.int64(start), base, own, n, low), deep
         _or(s.words, t, node)
         if t.exits[node] < t.exits[node + 1]:
             f += 1
@@ -523,9 +523,9 @@ def _simulate(p, scratch, number, q, base, sp):
 def _takes(p, scratch, number, base, sp, out):
     "Which terminals may come next (by column); 0 or no room, and the lowest cell that was read."
     t, s = _tables(p), _scratch(scratch)
-    at, deep = t.where[number], sp
+    at, deep, none = t.where[number], np.int64(sp), np.int64(0)
     for c in range(len(out)):
-        ok, n, low, deep = _shift(t, at, base, s.own[0], 0, sp, c, deep)
+        ok, n, low, deep = _shift(t, at, base, s.own[0], none, np.int64(sp), np.int64(c), deep)
         if ok == 3: return FULL, deep
         out[c] = ok == 1
     return FINE, deep
