@@ -40,13 +40,15 @@ class State(NamedTuple):
     marks: NDArray[np.int64]      # (batch, history, 4) by token, a ring: `q`, `sp`, `logged` and `over` before it
     miss: NDArray[np.int32]       # (batch,) height of the stack for which the lexer state before the next lexeme is not known, 0: it is the row that is not known
     missed: NDArray[np.int16]     # (batch, depth) that stack
+    kept: NDArray[np.int64]       # (batch,) tokens that can be taken back
+    peak: NDArray[np.int64]       # (batch,) most that was ever written into the ring: what lies further back is gone
 
 # %% ../../nbs/decoding/22a_batch.ipynb #3c9d9706
 @njit(cache=True, nogil=True)
 def _state(p):
     "The arrays of `State`, from their addresses."
     return State(_one(p, 0, np.int32), _one(p, 1, np.int32), _one(p, 2, np.int32), _two(p, 3, np.int16), _one(p, 4, np.bool_), _two(p, 5, np.int16), _one(p, 6, np.int64), _one(p, 7, np.int64),
-                 carray(_pointer(p[8, 0]), (p[8, 1], p[8, 2], p[8, 3]), np.int64), _one(p, 9, np.int32), _two(p, 10, np.int16))
+                 carray(_pointer(p[8, 0]), (p[8, 1], p[8, 2], p[8, 3]), np.int64), _one(p, 9, np.int32), _two(p, 10, np.int16), _one(p, 11, np.int64), _one(p, 12, np.int64))
 
 # %% ../../nbs/decoding/22a_batch.ipynb #fd600523
 @njit(cache=True, nogil=True, inline="always")
@@ -139,8 +141,10 @@ def _read(t, s, b, text, i, end, feed):
             what = UNKNOWN
             _missing(s, b, sp)
             break
-    s.logged[b] = logged
-    if what == FINE: s.q[b], s.sp[b] = q, sp
+    s.logged[b], s.peak[b] = logged, max(s.peak[b], logged)
+    if what == FINE:
+        _mark(s, b, began, False)
+        s.q[b], s.sp[b] = q, sp
     else: _restore(s, b, s.sp[b], began)
     return what
 
@@ -154,19 +158,19 @@ def _restore(s, b, sp, began):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _mark(s, b):
+def _mark(s, b, logged, over):
+    "One token more: how it was before."
     m = s.marks[b, s.length[b] % s.marks.shape[1]]
-    m[0], m[1], m[2], m[3] = s.q[b], s.sp[b], s.logged[b], s.over[b]
+    m[0], m[1], m[2], m[3] = s.q[b], s.sp[b], logged, over
+    s.length[b] += 1
+    s.kept[b] = min(s.kept[b] + 1, s.marks.shape[1])
 
 
 @njit(cache=True, nogil=True)
 def _accept(tables, state, text, feed):
     "Read bytes as one token of the first sequence."
     t, s = _tables(tables), _state(state)
-    _mark(s, 0)
-    what = _read(t, s, 0, text, 0, len(text), feed)
-    if what == FINE: s.length[0] += 1
-    return what
+    return _read(t, s, 0, text, 0, len(text), feed)
 
 
 @njit(cache=True, nogil=True)
@@ -181,9 +185,7 @@ def _advance(tables, state, tokens, rows, what, feed):
         elif s.grammar[b] < 0 or token < 0: what[b] = FINE
         elif s.over[b]:
             what[b] = FINE if t.kind[token] == STOP else OVER
-            if what[b] == FINE:
-                _mark(s, b)
-                s.length[b] += 1
+            if what[b] == FINE: _mark(s, b, s.logged[b], True)
         elif t.kind[token] == NEVER: what[b] = DEAD
         elif t.kind[token] == STOP:
             row = _row_of(t, s, b)
@@ -192,14 +194,11 @@ def _advance(tables, state, tokens, rows, what, feed):
                 continue
             what[b] = FINE if rows[row, token >> 5] >> (token & 31) & 1 else DEAD
             if what[b] == FINE:
-                _mark(s, b)
-                s.length[b] += 1
+                _mark(s, b, s.logged[b], False)
                 s.over[b] = True
         else:
-            _mark(s, b)
             what[b] = _read(t, s, b, t.text, t.off[token], t.off[token + 1], feed)
-            if what[b] == FINE: s.length[b] += 1
-            elif what[b] == UNKNOWN: left += 1
+            left += what[b] == UNKNOWN
         worst = max(worst, what[b])
     return left, worst
 
@@ -241,11 +240,12 @@ def _rollback(state, steps):
     for b in range(len(steps)):
         if steps[b] < 0: return b
         if s.grammar[b] < 0 or steps[b] == 0: continue
-        if steps[b] > min(s.length[b], history): return b
-        if s.logged[b] - s.marks[b, (s.length[b] - steps[b]) % history, 2] > room: return b
+        if steps[b] > s.kept[b]: return b
+        if s.peak[b] - s.marks[b, (s.length[b] - steps[b]) % history, 2] > room: return b
     for b in range(len(steps)):
         if s.grammar[b] < 0 or steps[b] == 0: continue
         s.length[b] -= steps[b]
+        s.kept[b] -= steps[b]
         for k in range(steps[b] - 1, -1, -1):
             m = s.marks[b, (s.length[b] + k) % history]
             _restore(s, b, m[1], m[2])
@@ -257,7 +257,7 @@ def _rollback(state, steps):
 def _shallow(tables, state, b, row, out, feed):
     "Of the tokens in a row, those that do not fill the stack; `UNKNOWN` if a table lacks an entry."
     t, s = _tables(tables), _state(state)
-    began = s.logged[b]
+    began, length, kept, oldest = s.logged[b], s.length[b], s.kept[b], s.marks[b, s.length[b] % s.marks.shape[1]].copy()
     q, sp = s.q[b], s.sp[b]
     out[:] = row
     for token in range(len(t.kind)):
@@ -265,7 +265,8 @@ def _shallow(tables, state, b, row, out, feed):
         what = _read(t, s, b, t.text, t.off[token], t.off[token + 1], feed)
         if what == FINE:
             _restore(s, b, sp, began)
-            s.q[b], s.sp[b] = q, sp
+            s.q[b], s.sp[b], s.length[b], s.kept[b] = q, sp, length, kept
+            s.marks[b, length % s.marks.shape[1]] = oldest
         elif what == DEEP: out[token >> 5] &= ~(np.int32(1) << np.int32(token & 31))
         elif what == UNKNOWN: return what
     return FINE
@@ -400,7 +401,7 @@ class BatchState:
         self.threads = {b: Threads(c, max_depth) for b, c in enumerate(constraints) if c is not None and c.ambiguous}
         numbers = [-1 if c is None or c.ambiguous else c.number for c in constraints]
         self.state = State(np.array(numbers, np.int32), np.zeros(n, np.int32), np.ones(n, np.int32), np.zeros((n, max_depth), np.int16), np.zeros(n, bool), np.zeros((n, 4 * max_depth), np.int16),
-                           np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, history, 4), np.int64), np.zeros(n, np.int32), np.zeros((n, max_depth), np.int16))
+                           np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, history, 4), np.int64), np.zeros(n, np.int32), np.zeros((n, max_depth), np.int16), np.zeros(n, np.int64), np.zeros(n, np.int64))
         self._ids, self._feed, self._where = np.zeros(n, np.int32), np.empty(2 * int(np.diff(self.engine.tables.off).max(initial=1)) + 4096, np.uint8), addresses(self.state)
         self._what = np.zeros(n, np.int8)
         self.reset()
@@ -414,6 +415,7 @@ class BatchState:
         "Begin again."
         for b in range(len(self)) if which is None else which:
             self.state.sp[b], self.state.stack[b, 0], self.state.over[b], self.state.logged[b], self.state.length[b] = 1, 0, False, 0, 0
+            self.state.kept[b] = self.state.peak[b] = 0
             if b in self.threads: self.threads[b] = Threads(self.threads[b].c, self.max_depth)
             if self.state.grammar[b] >= 0:
                 while (q := _first(self.engine.at, self._where, b)) < 0: self._learn(b)
@@ -512,7 +514,7 @@ class BatchState:
         for b, t in self.threads.items(): t.take_back(int(n[b]))
 
     def _forgotten(self, b: int, steps: int) -> None:
-        kept = len(self.threads[b].history) if b in self.threads else min(int(self.state.length[b]), self.history)
+        kept = len(self.threads[b].history) if b in self.threads else int(self.state.kept[b])
         if not 0 <= steps <= kept: raise ValueError(f"steps= takes back {steps} tokens of sequence {b}, which remembers {kept}; read fewer tokens before, or raise history={self.history}")
         raise ValueError(f"steps= takes back more of a stack than is remembered ({self.state.log.shape[1]} cells); take back fewer tokens at once, or raise max_depth={self.max_depth}")
 

@@ -428,3 +428,46 @@ def test_a_cache_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     vocabulary = Vocabulary.from_bytes([b"1", b"2", None], [2])
     with pytest.warns(UserWarning, match="nothing is kept"): compile_grammar(Grammar.from_lark('start: "1"', name="one"), vocabulary, cache_dir=tmp_path / "file" / "below")
+
+
+def test_only_what_is_remembered_is_taken_back():
+    "A refused token, tokens taken back before, and a ring written over must not count as memory."
+    c = compile_grammar(Grammar.json(), Vocabulary.from_bytes([b"[", b",", b"]", b"1", None], [4]))
+    m = c.matcher(history=2)
+    assert m.accept(0) and m.accept(0) and not m.accept(1)
+    m.rollback(2)
+    assert int(m.batch.state.sp[0]) == 1 and m.batch.state.length[0] == 0
+    m = c.matcher(history=4)
+    for _ in range(8): assert m.accept(0)
+    m.rollback(3)
+    with pytest.raises(ValueError, match="remembers 1"): m.rollback(3)
+    m.rollback(1)
+    with pytest.raises(ValueError, match="remembers 0"): m.rollback(1)
+    assert m.accept(0) and m.batch.state.kept[0] == 1
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from("rtb"), st.integers(0, 30)), max_size=60), st.integers(1, 5), st.sampled_from([8, 24, 64]))
+def test_taking_back_as_replaying(actions, history, depth):
+    "Reads, refused tokens and steps back, against a matcher that reads everything anew."
+    tokens = [b"[", b"]", b"]]", b"[[", b"1", b",", b"1]", b",[", b" ", None]
+    c = compile_grammar(Grammar.json(), Vocabulary.from_bytes(tokens, [9]))
+    m, read, kept = c.matcher(depth, history), [], 0
+    for what, n in actions:
+        if what == "b":
+            n %= history + 1
+            if n > kept:
+                with pytest.raises(ValueError): m.rollback(n)
+                continue
+            try: m.rollback(n)
+            except ValueError as e:
+                assert "cells" in str(e)          # the ring is short: said, and nothing has changed
+                continue
+            read, kept = read[:len(read) - n], kept - n
+        elif not m.terminated:
+            try: ok = m.accept(n % 10)
+            except StackLimit: continue
+            if ok: read, kept = [*read, n % 10], min(kept + 1, history)
+    other = c.matcher(depth, 64)
+    for t in read: assert other.accept(t)
+    assert m.threads() == other.threads() and m.terminated == other.terminated
