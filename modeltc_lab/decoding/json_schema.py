@@ -34,8 +34,8 @@ class Formula:
     __slots__ = ("kind", "args", "id", "no")
 
     def __init__(self, kind: str, args: tuple[Any, ...], number: int):
-        self.kind, self.args, self.id, self.no = kind, args, number, None
-        self.no: Formula | None
+        self.kind, self.args, self.id = kind, args, number
+        self.no: Formula | None = None       # its contrary, once that has been asked for
 
     def __repr__(self) -> str: return self.kind + (f"({', '.join(map(repr, self.args))})" if self.args else "")
 
@@ -436,7 +436,7 @@ class Meaning(Places):
         if isinstance(value, list): inner = f.both([f.count(f.yes, len(value), len(value)), *(f.items(i, i + 1, self.const(v)) for i, v in enumerate(value))])
         else: inner = f.both([self.map(tuple((k, self.const(v)) for k, v in value.items()), (), f.never), *(f.some(_key(k), f.yes) for k in value)])
         if not sign: inner = f.contrary(inner)
-        return base._replace(**{"array" if isinstance(value, list) else "object": inner})
+        return base._replace(array=inner) if isinstance(value, list) else base._replace(object=inner)
 
     def map(self, names: tuple[tuple[str, Formula], ...], patterns: tuple[tuple[Strings, Formula], ...], rest: Formula) -> Formula:
         "Of the members: by name, by pattern, and of all others."
@@ -495,8 +495,10 @@ class Meaning(Places):
 
     def _typed(self, part: str, value: Any, sign: bool) -> Values:
         "A statement about one type says nothing of the others."
-        if sign: return self.f.top._replace(**{part: value})
-        return self.f.bottom._replace(**{part: ~value if part == "text" else self.f.contrary(value)})
+        base = self.f.top if sign else self.f.bottom
+        if part == "text": return base._replace(text=value if sign else ~value)
+        inner = value if sign else self.f.contrary(value)
+        return base._replace(array=inner) if part == "array" else base._replace(object=inner)
 
     def types(self, p: Place, sign: bool) -> Values:
         names = [p.schema["type"]] if isinstance(p.schema["type"], str) else p.schema["type"]
@@ -560,7 +562,7 @@ class Meaning(Places):
             else:
                 one = f.one((getattr(v, kind), getattr(w, kind)) for v, w in zip(yes, others()))
                 found[kind] = one if sign else f.contrary(one)
-        return Values(*(x == sign for x in single), text, number, found["array"], found["object"])
+        return Values(single[0] == sign, single[1] == sign, single[2] == sign, text, number, found["array"], found["object"])
 
     def conditional(self, p: Place, sign: bool) -> Values:
         f, s = self.f, p.schema
@@ -612,7 +614,7 @@ class Meaning(Places):
         first = s["items"] if old else s.get("prefixItems", []) if d == 2020 else []
         word = "items" if old else "prefixItems"
         rest = (s.get("additionalItems", True), "additionalItems") if old else (s.get("items", True), "items")
-        parts = [(word, i, i + 1, self.at(p, x, word, i)) for i, x in enumerate(first)]
+        parts: list[tuple[str, int, int | None, Formula]] = [(word, i, i + 1, self.at(p, x, word, i)) for i, x in enumerate(first)]
         if rest[0] is not True: parts.append((rest[1], len(first), None, self.at(p, rest[0], rest[1])))
         for keyword, low, high, q in parts: yield keyword, lambda sign, x=f.items(low, high, q): self._typed("array", x, sign)  # type: ignore[misc]
         if "minItems" in s or "maxItems" in s: yield "maxItems" if "maxItems" in s else "minItems", lambda sign: self._typed("array", f.count(f.yes, self.bound(p, "minItems") or 0, self.bound(p, "maxItems")), sign)
@@ -744,8 +746,8 @@ class Meaning(Places):
         f, rest = self.f, self.at(p, p.schema["unevaluatedItems"], "unevaluatedItems")
         return f.any(f.both([c, f.yes if n is None else f.items(n, None, f.any([rest, also]))]) for c, (n, also) in self.seen_items(p, False))
 
-# %% ../../nbs/decoding/23_json_schema.ipynb #12d81116
-FREE = 512   # with order="auto" keys come in any order up to so many cases: kinds of keys times sets of required keys that may have come
+# %% ../../nbs/decoding/23_json_schema.ipynb #525e38de
+FREE = 4096   # with order="auto" keys come in any order up to so many cases: kinds of keys times sets of required keys that may have come
 
 
 class Budget(UnsupportedSchema):
@@ -1004,7 +1006,7 @@ class Machines:
         needed = {n: self.f.some(_key(n), self.f.yes) for n in names}
         required = [n for n in names if needed[n] in seen]
         reads = [self.member(n, k) for n, k in classes]
-        tries = {"any": [("any", self.limit)], "defined": [("defined", self.limit)], "auto": [("any", min(128, self.limit)), ("required", min(1024, self.limit)), ("defined", self.limit)]}[self.order]
+        tries = {"any": [("any", self.limit)], "defined": [("defined", self.limit)], "auto": [("any", min(256, self.limit)), ("required", min(1024, self.limit)), ("defined", self.limit)]}[self.order]
         for order, limit in tries:
             if order == "any" and self.order == "auto" and len(classes) << len(required) > FREE: continue
             ordered = {"any": [], "required": required, "defined": list(names)}[order]

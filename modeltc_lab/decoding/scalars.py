@@ -427,7 +427,7 @@ class _Texts:
         self.classes = np.zeros(256, np.uint8)
         for b in range(256): self.classes[b] = kinds.setdefault((int(inner.classes[b]) if b >= 0x20 else -1, b if b in _SPECIAL else -1), len(kinds))
         self.width = len(kinds)
-        self.rows: list[NDArray[np.int32] | None] = []
+        self.rows: list[NDArray[np.int32]] = []
         self.column = self.classes.tolist()
         self.letter = {c: i for i, c in reversed(list(enumerate(self.column)))}
         self.memo: dict[object, int] = {}
@@ -475,6 +475,7 @@ class _Texts:
         key = pieces, digits
         if key not in self.memo:
             size = 16 ** (digits - 1)
+            parts: list[tuple[int, tuple[Piece, ...]]]
             if len(pieces) == 1 and pieces[0][:2] == (0, 16 * size - 1): parts = [(h, ((0, size - 1, pieces[0][2]),)) for h in range(16)]
             else: parts = [(h, tuple((max(a - h * size, 0), min(b - h * size, size - 1), e) for a, b, e in pieces if a < (h + 1) * size and b >= h * size)) for h in range(16)]
             self.memo[key] = self.new((byte, t) for h, p in parts if (t := self.hexes(p, digits - 1)) >= 0 for byte in _HEX[h])
@@ -510,7 +511,7 @@ class _Texts:
         base[:, self.column[ord("\\")]] = -1
         self.rows = list(base)
         end, start = self.new(), self.new([(ord('"'), 0)])
-        inside = (self.delta[:, 0x80:0xC0] >= 0).any(1)                  # in the middle of a character
+        inside = np.asarray((self.delta[:, 0x80:0xC0] >= 0).any(axis=1)).tolist()   # in the middle of a character
         for s in range(n):
             if inside[s]: continue
             if self.inner.accept[s]: self.rows[s][self.column[ord('"')]] = end

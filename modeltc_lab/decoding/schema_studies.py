@@ -256,7 +256,7 @@ def changed(
     elif what < 0.65 and isinstance(holder, list): holder.append(rng.choice([1, "x", None, *holder]))
     else:
         v = holder[k]
-        other = [None, True, -1, 10**6, 0.5, "", "no such value", [], {}]
+        other: list[Any] = [None, True, -1, 10**6, 0.5, "", "no such value", [], {}]
         if isinstance(v, str): other += [v + "!", v[:-1], v.upper()]
         elif isinstance(v, int | float) and not isinstance(v, bool): other += [v + 1, v - 1, v + 0.5, -v, v * 1000]
         holder[k] = rng.choice(other)
@@ -273,7 +273,8 @@ def _written(value: Any, rng: random.Random) -> tuple[str, str]:
         items = list(v.items())
         rng.shuffle(items)
         return {k: again(x) for k, x in items}
-    style = rng.choice([{}, {"separators": (",", ":")}, {"indent": 2}])
+    styles: list[dict[str, Any]] = [{}, {"separators": (",", ":")}, {"indent": 2}]
+    style = rng.choice(styles)
     return json.dumps(again(value) if shuffle else value, ensure_ascii=rng.random() < 0.3, **style), "any order" if shuffle else "defined order"
 
 

@@ -77,7 +77,7 @@ SCHEMAS = st.recursive(LEAF, lambda inner: st.one_of(
     _object(inner), _array(inner), st.builds(lambda k, x: {k: x}, st.sampled_from(["allOf", "anyOf", "oneOf"]), st.lists(inner, min_size=1, max_size=3)), st.builds(lambda x: {"not": x}, inner),
     st.builds(lambda i, t, e: {"if": i, "then": t, "else": e}, inner, inner, inner), st.builds(lambda x, y: {**x, **y} if isinstance(x, dict) and isinstance(y, dict) else x, inner, _object(inner))), max_leaves=6)
 VALUES = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*NAMES, "ab"]), inner, max_size=3)), max_leaves=5)
-RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+RELAXED = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @RELAXED
