@@ -59,7 +59,7 @@ TECHNIQUES = tuple(Technique(name, title, what, f"modeltc_lab.{module}", f"{modu
     (61, "ptsbench", "PTSBench", "post-training sparsity benchmark", "sparsity.ptsbench"),
     (72, "hbp", "HBP", "hierarchical balance packing for long-context training", "balance.hbp"),
     (74, "omnibal", "OmniBal", "balanced 3D-parallel training of vision-language models", "balance.omnibal")))
-PARTIAL: dict[str, str] = {"pre3": "exact masks, batches, generation and commands; JSON Schema, GPU kernels, views and the comparison are open"}  # technique -> what is there so far, where that is not all
+PARTIAL: dict[str, str] = {}  # technique -> what is there so far, where that is not all
 
 
 def technique_state(
