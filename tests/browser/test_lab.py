@@ -264,7 +264,7 @@ def test_token_mask_lens_every_control(decoding):
     inputs = cell.locator("input[type=text]")
     before, after = moves(decoding, cell, lambda: press(cell.locator(".noUi-handle").first))
     assert before[0].startswith("step 0: ") and after[0].startswith("step 1: ")
-    assert "refused" in moves(decoding, cell, lambda: inputs.last.fill("]"))[1][0]
+    assert "refused" in moves(decoding, cell, lambda: inputs.last.fill('": ]'))[1][0]  # a bracket may stand in a string, not behind a key
     def write():
         inputs.first.fill('{"name": 1}')
         inputs.first.press("Enter")
