@@ -1045,7 +1045,8 @@ class Machines:
                 now = place.get(name, at) if name is not None else len(names) if last else at
                 if name in place and now <= at: continue
                 key = name, None if name is not None else keys
-                ways = self.quick(state[0], reads[c], key) if len(state) == 1 and now == at else None
+                ways = self.quick(state[0], reads[c], key) if len(state) == 1 else None
+                if ways is not None and now > at: ways = {(x,): v for (y,), v in ways.items() if (x := self.passed(y, names[at:now])) is not self.f.never}
                 if ways is None:
                     moved = tuple(self.after(x, reads[c], key) for x in state)
                     if now > at: moved = tuple(self.passed(x, names[at:now]) for x in moved)
