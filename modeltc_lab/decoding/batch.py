@@ -8,7 +8,7 @@ __all__ = ['FINE', 'DEAD', 'UNKNOWN', 'OVER', 'DEEP', 'WRONG', 'Thread', 'State'
 
 # %% ../../nbs/decoding/22a_batch.ipynb #822a410f
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 from numba import carray, njit
@@ -230,6 +230,29 @@ def _fill(rows, ids, out):
         else:
             for k in range(width): out[b, k] = rows[r, k]       # a plain loop becomes a copy of memory, an assignment of slices does not
             for k in range(width, out.shape[1]): out[b, k] = 0
+
+
+@njit(cache=True, nogil=True)
+def _masks(tables, state, ids, stop, rows, out):
+    "Rows of every sequence, copied if all of them are known."
+    left, high = _rows(tables, state, ids, stop)
+    if not left and not high: _fill(rows, ids, out)
+    return left, high
+
+
+@njit(cache=True, nogil=True)
+def _one_token(tables, state, rows, token, feed):
+    "Read a token in the first sequence, which has a grammar."
+    t, s = _tables(tables), _state(state)
+    if token < 0 or token >= len(t.kind): return WRONG
+    if t.kind[token] == NEVER: return DEAD
+    if t.kind[token] == TEXT: return _read(t, s, 0, t.text, t.off[token], t.off[token + 1], feed)
+    row = _row_of(t, s, 0)
+    if row < 0: return UNKNOWN
+    if not rows[row, token >> 5] >> (token & 31) & 1: return DEAD
+    _mark(s, 0, s.logged[0], False)
+    s.over[0] = True
+    return FINE
 
 
 @njit(cache=True, nogil=True)
@@ -459,6 +482,9 @@ class BatchState:
         "Masks as bits: bit i % 32 of word i // 32 is token i, 1 is allowed; all ones where there is no constraint."
         if out.dtype != np.int32 or out.ndim != 2 or out.shape[0] != len(self) or out.shape[1] < self.engine.width:
             raise ValueError(f"out= is {out.dtype} of shape {out.shape}; a bitmask of this batch is int32 of shape ({len(self)}, {self.engine.width}) or wider")
+        if not self.threads:
+            left, high = _masks(self.engine.at, self._where, self._ids, self.engine.stop, self.engine.rows, out)
+            if not left and not high: return
         ids = self.row_ids()                 # may add rows, so it comes first
         _fill(self.engine.rows, ids, out)
 
@@ -595,7 +621,17 @@ class Matcher:
         token: int,
     ) -> bool:      # False: refused, nothing has changed
         "Read a token."
-        if self.terminated: raise ValueError(f"token={token}: the text has ended; begin again with reset(), or take tokens back with rollback()")
+        b = self.batch
+        if b.threads or token < 0: return self._accept_slowly(token)
+        if b.state.over[0]: self._ended(token)
+        while (what := _one_token(b.engine.at, b._where, b.engine.rows, token, b._feed)) == UNKNOWN: b._learn(0)
+        return what == FINE or what >= DEEP and self._accept_slowly(token)  # which says what is wrong
+
+    def _ended(self, token: int) -> NoReturn: raise ValueError(f"token={token}: the text has ended; begin again with reset(), or take tokens back with rollback()")
+
+    def _accept_slowly(self, token: int) -> bool:
+        if self.terminated: self._ended(token)
+        if token < 0: raise ValueError(f"token={token}: the vocabulary has the tokens 0 to {self.engine.vocabulary.size - 1}")
         return bool(self.batch.advance_([token])[0])
 
     def accept_bytes(

@@ -170,7 +170,8 @@ class Automaton:
         scanner = engine.scanner
         self.grammar, self.tables, self.engine, self.scanner, self.parser = grammar, tables, engine, scanner, Parser(tables)
         ranked = [grammar.terminals[i] for i in sorted(range(len(grammar.terminals)), key=lambda i: (-grammar.terminals[i].priority, not grammar.terminals[i].literal, i))]
-        self.labels = [scanner.label(t) for t in ranked]                       # best first
+        alone = len(ranked) == 1 and all(len(p.rhs) == 1 for p in grammar.productions) and not grammar.ignore
+        self.labels = [scanner.label(t, alone) for t in ranked]                # best first
         self.names = {l: t.name for l, t in zip(self.labels, ranked)}
         self.ignored = len(tables.terminals)                                   # column of terminals that the lexer drops
         self.columns = {l: self.ignored if t.name in grammar.ignore else tables.columns[t.name] for l, t in zip(self.labels, ranked)}
@@ -186,7 +187,7 @@ class Automaton:
         self.queries: dict[tuple[tuple[int, bytes, int], ...], int] = {}
         one = np.zeros(1, np.int32)
         self.context = self.node((Item(c, UNKNOWN_STACK, NOTHING, b"", self.target(np.array([self.rank[l]], np.int32), one)) for l, c in self.columns.items() if c != self.ignored),
-                                 pack(np.array([self.columns[l] == self.ignored for l in self.labels])))
+                                 pack(np.array([self.columns[l] == self.ignored for l in self.labels], bool)))
         self.roots = engine.number(None)                                       # the number behind `context`: a step relies on it
         self.remembered = -1                                                   # the same two for what is only remembered, -1: everything is asked of the automaton
 

@@ -121,7 +121,8 @@ class Scanner:
 
     def __init__(self, tokens: Sequence[bytes | None], limit: int = 200_000):
         self.texts, self.limit = Texts(tokens), limit
-        self.labels: dict[tuple[str, tuple[str, ...], tuple[str, ...]], int] = {}
+        self.labels: dict[tuple[str, tuple[str, ...], tuple[str, ...], bool], int] = {}
+        self.alone: list[bool] = []                   # by pattern: is its lexeme the whole text?
         self.dfas: list[DFA] = []
         self.terminals: list[Terminal] = []
         self.states: dict[tuple[Members, int, bytes], int] = {}
@@ -144,14 +145,19 @@ class Scanner:
 
     def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {"walks": {}}  # quickly made again
 
-    def label(self, terminal: Terminal) -> int:
+    def label(
+        self,
+        terminal: Terminal,
+        alone: bool = False,  # no lexeme comes behind it, so none of its bytes is ever read again
+    ) -> int:
         "Number of a pattern."
-        key = terminal.pattern, terminal.also, terminal.exclude
+        key = terminal.pattern, terminal.also, terminal.exclude, alone
         if key not in self.labels:
             auto = terminal_dfa(terminal)
             self.labels[key] = len(self.dfas)
             self.dfas.append(auto)
             self.terminals.append(terminal)
+            self.alone.append(alone)
         return self.labels[key]
 
     def first(self, label: int) -> NDArray[np.intp]:
@@ -241,9 +247,10 @@ class Scanner:
     def _state(self, members: Members, done: int, pend: bytes) -> int:
         key = members, done, pend
         if key in self.states: return self.states[key]
-        n = self.states[key] = len(self.members)
+        n = len(self.members)
         if n >= self.limit: raise GrammarError(f"the lexer has more than {self.limit:,} states; the last one was in the middle of {', '.join(self.terminals[l].name for l, _ in members[:5])}"
                                                + (f" with {pend!r} read since {self.terminals[done].name} was complete; make one of them not a beginning of the other" if pend else ""))
+        self.states[key] = n
         if n == len(self.delta): self.delta, self.emit, self.plen, self.pat, self.begun = (np.concatenate([a, np.empty_like(a)]) for a in (self.delta, self.emit, self.plen, self.pat, self.begun))
         while self.pended + len(pend) > len(self.pend): self.pend = np.concatenate([self.pend, np.zeros_like(self.pend)])
         self.pat[n], self.pend[self.pended:self.pended + len(pend)] = self.pended, np.frombuffer(pend, np.uint8)
@@ -257,7 +264,7 @@ class Scanner:
         done, pend = self.memory[q]
         for where, after, best in self.moves(self.members[q]):
             if best >= 0: self.delta[q, where] = self._state(after, best, b"")
-            elif done < 0 or self.endless(after): self.delta[q, where] = self._state(after, -1, b"")
+            elif done < 0 or all(self.alone[l] for l, _ in after) or self.endless(after): self.delta[q, where] = self._state(after, -1, b"")
             else:
                 for c in where.tolist():
                     now = pend + bytes([c])

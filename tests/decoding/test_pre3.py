@@ -471,3 +471,14 @@ def test_taking_back_as_replaying(actions, history, depth):
     other = c.matcher(depth, 64)
     for t in read: assert other.accept(t)
     assert m.threads() == other.threads() and m.terminated == other.terminated
+
+
+def test_one_lexeme_alone_is_never_read_again():
+    "A pattern that is the whole text keeps no bytes to read again: behind a point the automaton would otherwise remember every text of twenty bytes."
+    vocabulary = Vocabulary.from_bytes([*(bytes([i]) for i in range(256)), None], [256])
+    c = compile_grammar(Grammar.from_regex(r"[^\n]{0,20}\."), vocabulary)
+    m = c.matcher()
+    assert m.accept_bytes(b"a.b") and not m.is_accepting and m.accept_bytes(b".") and m.is_accepting
+    assert ord("\n") not in m.allowed() and len(c.engine.scanner.members) < 1000
+    nothing = compile_grammar(Grammar.from_regex(""), vocabulary).matcher()
+    assert nothing.allowed().tolist() == [256] and nothing.is_accepting

@@ -13,7 +13,7 @@ DOMAINS = {"serving", "decoding", "quant", "matting", "diffusion", "sparsity", "
 MAY_USE = {"matting": {"quant"}, "diffusion": {"quant"}, "sparsity": {"quant"}}
 FIGURES = re.compile(r"plotly|ipywidgets|anywidget|IPython|jupyter\w*|ipykernel|nbclient|matplotlib")
 PEERS = {"vllm", "sglang", "xgrammar", "llguidance", "glrmask", "kbnf", "lmformatenforcer", "outlines_core", "torchao", "simpy", "vidur", "trl", "timm"}
-HOSTS = {"modeltc_lab.serving.vllm_plugin": {"vllm"}}   # plug-ins: what they extend is no peer to them, but still imported only when it is used
+HOSTS = {"modeltc_lab.serving.vllm_plugin": {"vllm"}, "modeltc_lab.decoding.vllm_backend": {"vllm"}}   # plug-ins: what they extend is no peer to them, but still imported only when it is used
 
 
 def names(node, package):
