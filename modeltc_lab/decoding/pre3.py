@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
+from importlib.util import find_spec
 from os import getpid
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError, dumps
@@ -861,7 +862,9 @@ def save_engine(
 @lru_cache(1)
 def _sources() -> str:
     "A digest of this package's code: what other code wrote is not read."
-    return sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+    spec = find_spec("modeltc_lab.decoding")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return sha256(b"".join(p.read_bytes() for folder in folders for p in sorted(Path(folder).glob("*.py")))).hexdigest()[:16]
 
 
 def _engine_path(vocabulary: Vocabulary, folder: Path) -> Path:
@@ -872,7 +875,7 @@ class _Reader(Unpickler):
     "Reads arrays, plain values and this package's classes, and nothing else."
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith(f"{__package__}.") or module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer") or (module, name) in (("builtins", "set"), ("builtins", "frozenset"), ("_codecs", "encode")):
+        if module == Engine.__module__ or module.startswith("modeltc_lab.decoding.") or module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer") or (module, name) in (("builtins", "set"), ("builtins", "frozenset"), ("_codecs", "encode")):
             return super().find_class(module, name)
         raise UnpicklingError(f"{module}.{name} has no place in the file of an engine; delete the file")
 
