@@ -59,7 +59,7 @@ def _copied(engine: Engine, device: torch.device) -> Tables:
     to = lambda a, kind: torch.tensor(np.ascontiguousarray(a, kind)).to(device)
     rows = to(engine.rows[:engine.count], np.int32)
     return Tables(to(t.delta[:q], np.int32), to(t.emit[:q], np.int32), to(t.plen[:q], np.int32), to(t.pat[:q] + len(t.text), np.int32), to(text, np.uint8), to(t.off, np.int32), to(t.kind, np.int8),
-                  to(t.keys, np.int64), to(t.values, np.int32), to(t.where, np.int64), *(to(a, np.int16) for a in (t.action, t.goto, t.size, t.lhs, t.column)), rows, *row_lists(rows), to([engine.stop], np.int32))
+                  to(t.keys, np.int64), to(t.values, np.int32), to(t.where[:len(engine.automata)], np.int64), *(to(a, np.int16) for a in (t.action, t.goto, t.size, t.lhs, t.column)), rows, *row_lists(rows), to([engine.stop], np.int32))
 
 # %% ../../nbs/decoding/22b_device.ipynb #4e6ab0c2
 class DeviceBatch:

@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from .effects import BITS, CONTEXT, Effects, Table, _find, _put
+from .effects import BITS, CONTEXT, Column, Effects, Table, _find, _put
 from .grammar import Grammar, GrammarError, Production
 from .lr import ACCEPT, END, LRTables, build_tables
 from .scanner import BEFORE, Scanner
@@ -605,6 +605,8 @@ class Engine:
         self.tokens = kind, off, np.frombuffer(b"".join(kept) or b"\0", np.uint8)
         self.stop = self.intern(self._stopping(np.zeros(self.width, np.int32)))     # the row that only ends the text
         self.effects = Effects(self.scanner, self.width)
+        self.where, self.more = Column(np.int64, 7), Column(np.int64, 2)
+        self.lr = [Column(np.int16) for _ in range(5)]  # action, goto, lengths and left sides of productions, columns by pattern
         self.sign: tuple[int, ...] = ()
         self.compiled: dict[tuple[Grammar, str, str], int] = {}  # numbers by grammar, kind of tables and saturation
         self.answers: dict[tuple[int, int], int] = {}   # numbers behind which a remembered value lies
@@ -612,7 +614,7 @@ class Engine:
         self._room(int(np.diff(off).max(initial=1)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("sign", "tables", "at", "scratch", "_scratch_at", "_lr")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("sign", "tables", "at", "scratch", "_scratch_at")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"sign": ()}
@@ -644,6 +646,7 @@ class Engine:
         if lazy: a.remembered, _ = self.number(None), self.number(None)
         self.roots[a.roots] = a
         self.automata.append(a)
+        self._write(a)
         self.refresh()
         return len(self.automata) - 1
 
@@ -786,30 +789,24 @@ class Engine:
     def refresh(self) -> None:
         "Take note of where the arrays lie now."
         s, t, e = self.scanner, self.table, self.effects
-        sign = len(self.automata), id(s.delta), id(s.pend), id(t.keys), id(e.table.keys), *(id(c.data) for c in (e.exits, e.label, e.first, e.tokens, e.dense, e.bits))
+        sign = id(s.delta), id(s.pend), id(t.keys), id(e.table.keys), *(id(c.data) for c in (e.exits, e.label, e.first, e.tokens, e.dense, e.bits, self.where, *self.lr))
         if sign == self.sign: return
-        if self.sign[:1] != sign[:1]: self._lr = self._flat_lr()
-        self.sign, self.tables = sign, Tables(s.delta, s.emit, s.plen, s.pat, s.pend, t.keys, t.values, *self._lr[:-1], *self.tokens, s.begun, e.table.keys, e.table.values,
-                                              e.exits.data, e.label.data, e.first.data, e.tokens.data, e.dense.data, e.bits.data, self._lr[-1])
+        self.sign, self.tables = sign, Tables(s.delta, s.emit, s.plen, s.pat, s.pend, t.keys, t.values, self.where.data, *(c.data for c in self.lr), *self.tokens, s.begun, e.table.keys, e.table.values,
+                                              e.exits.data, e.label.data, e.first.data, e.tokens.data, e.dense.data, e.bits.data, self.more.data)
         self.at = addresses(self.tables)
 
     def flat(self) -> Tables:
         "Arrays of everything a step reads."
         return self.tables
 
-    def _flat_lr(self) -> tuple[NDArray[np.int64], NDArray[np.int16], NDArray[np.int16], NDArray[np.int16], NDArray[np.int16], NDArray[np.int16], NDArray[np.int64]]:
-        where, parts = [], [[np.zeros(0, np.int16)] for _ in range(5)]
-        at = [0] * 5
-        for a in self.automata:
-            tables, column = a.tables, np.full(len(self.scanner.dfas), -1, np.int16)
-            for l, c in a.columns.items():
-                if c != a.ignored: column[l] = c
-            where.append((at[0], tables.action.shape[1], at[1], tables.goto.shape[1], at[2], at[4], a.context if a.remembered < 0 else a.remembered))
-            for i, x in enumerate((tables.action.ravel(), tables.goto.ravel(), tables.prod_len, tables.prod_lhs, column)):
-                parts[i].append(x.astype(np.int16))
-                at[i] += x.size
-        more = np.array([(a.want, a.end) for a in self.automata], np.int64).reshape(-1, 2)
-        return (np.array(where, np.int64).reshape(-1, 7), *(np.concatenate(p) for p in parts), more)  # type: ignore[return-value]
+    def _write(self, a: Automaton) -> None:
+        "A grammar's tables behind those of the others."
+        tables, column = a.tables, np.full(len(self.scanner.dfas), -1, np.int16)
+        for l, c in a.columns.items():
+            if c != a.ignored: column[l] = c
+        at = [c.extend(x) for c, x in zip(self.lr, (tables.action.ravel(), tables.goto.ravel(), tables.prod_len, tables.prod_lhs, column))]
+        self.where.extend([(at[0], tables.action.shape[1], at[1], tables.goto.shape[1], at[2], at[4], a.context if a.remembered < 0 else a.remembered)])
+        self.more.extend([(a.want, a.end)])
 
 # %% ../../nbs/decoding/22_pre3.ipynb #7559537e
 def merge_equal(

@@ -52,7 +52,7 @@ def row_memory(
         engine = Engine(vocabulary)
         for grammar in grammars:
             g = merge_equal(Grammar.named(grammar))
-            c = CompiledConstraint(engine, engine.add(g, build_tables(g)), False)
+            c = CompiledConstraint(engine, engine.add(g, build_tables(g), True), False)
             found = [walk_masks(c, steps, seed)[-1] for seed in range(seeds)]
             common = dict(implementation="modeltc_lab", seed=list(range(seeds)), x_name="tokens", x=vocabulary.size, config={"grammar": grammar, "vocabulary": name, "steps": steps}, data="random walks (generated)")
             out.append(record("decoding", "row_memory", "modeltc_lab", "rows", "1", found, **common))  # type: ignore[arg-type]
