@@ -208,4 +208,4 @@ def generate(
 COMMANDS = {"mask": mask, "compile": compile, "generate": generate}
 EXPERIMENTS: dict[str, str] = {f"decoding/{name}": f"modeltc_lab.compare.decoding:{name}" for name in ("mask_speed", "batch_speed", "exactness", "end_to_end", "schema_coverage_peers")}
 EXPERIMENTS |= {f"decoding/{name}": f"modeltc_lab.decoding.schema_studies:{name}" for name in ("schema_coverage", "schema_compile")}
-EXPERIMENTS |= {"decoding/row_memory": "modeltc_lab.decoding.studies:row_memory"}
+EXPERIMENTS |= {f"decoding/{name}": f"modeltc_lab.decoding.studies:{name}" for name in ("row_memory", "compile_cost")}
