@@ -18,7 +18,7 @@ PINS := $(VENV)/constraints.txt
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON ?= python3
 
-.PHONY: help lab test docs gpu peers kernels browser lint export figures clean FORCE
+.PHONY: help lab test docs gpu peers nightly kernels browser lint export figures clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -82,6 +82,9 @@ peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's
 	PYTHON=$(PY) bash tests/peers/transformers_versions.sh
 	PYTHON=$(PY) bash tests/peers/vllm_scheduler.sh
 	PYTHON=$(PY) bash tests/peers/vllm_structured.sh
+
+nightly: $(VENV)/.dev  ## the differential suites at full size: every mask against brute force and the peers, every schema; records into build/nightly
+	for e in exactness schema_coverage schema_coverage_peers; do $(BIN)/modeltc-lab run decoding/$$e --full --results build/nightly || exit 1; done
 
 browser: docs  ## the tests that drive a real browser
 	$(PY) -m pytest tests/browser -q
