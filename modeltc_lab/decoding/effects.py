@@ -8,7 +8,7 @@ __all__ = ['BITS', 'CONTEXT', 'Table', 'Column', 'Group', 'Effects']
 # %% ../../nbs/decoding/21c_effects.ipynb #106e9e37
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -82,9 +82,9 @@ class Column:
 
     def __init__(self, dtype: type, width: int | None = None, fill: int = 0):
         self.count, self.fill = 0, fill
-        self.data = np.full((64,) if width is None else (64, width), fill, dtype)
+        self.data: NDArray[Any] = np.full((64,) if width is None else (64, width), fill, dtype)
 
-    def extend(self, values: Sequence[int] | NDArray[np.generic]) -> int:
+    def extend(self, values: Sequence[int] | Sequence[tuple[int, ...]] | NDArray[Any]) -> int:
         "Add rows; the place of the first."
         n, at = len(values), self.count
         while at + n > len(self.data): self.data = np.concatenate([self.data, np.full_like(self.data, self.fill)])

@@ -791,7 +791,8 @@ class Engine:
         s, t, e = self.scanner, self.table, self.effects
         sign = id(s.delta), id(s.pend), id(t.keys), id(e.table.keys), *(id(c.data) for c in (e.exits, e.label, e.first, e.tokens, e.dense, e.bits, self.where, *self.lr))
         if sign == self.sign: return
-        self.sign, self.tables = sign, Tables(s.delta, s.emit, s.plen, s.pat, s.pend, t.keys, t.values, self.where.data, *(c.data for c in self.lr), *self.tokens, s.begun, e.table.keys, e.table.values,
+        action, goto, size, lhs, column = (c.data for c in self.lr)
+        self.sign, self.tables = sign, Tables(s.delta, s.emit, s.plen, s.pat, s.pend, t.keys, t.values, self.where.data, action, goto, size, lhs, column, *self.tokens, s.begun, e.table.keys, e.table.values,
                                               e.exits.data, e.label.data, e.first.data, e.tokens.data, e.dense.data, e.bits.data, self.more.data)
         self.at = addresses(self.tables)
 
