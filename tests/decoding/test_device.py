@@ -1,6 +1,5 @@
 "The batch on the device against the batch of the host: every mask of random walks, the way back, and any order of the sequences; a GPU where there is one, else the interpreter."
 
-import os
 import random
 from functools import lru_cache
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 from modeltc_lab.core.data import load
 from modeltc_lab.decoding.batch import BatchState, StackLimit
 from modeltc_lab.decoding.device import DeviceBatch, tables_of

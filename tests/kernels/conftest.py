@@ -1,11 +1,8 @@
 "Kernel tests run in the interpreter on CPU and on a GPU alike; uninitialised memory is poisoned."
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 
