@@ -843,7 +843,9 @@ def time_batches(
             out[f"{l} 0"] = {"refused": str(x)}
             continue
         texts = token_texts(l, vocabulary, 64 * (steps + 30), seed=1, least=steps + 2)
+        end = time.perf_counter() + 5 * budget_s
         for ids in texts[:64]:                                            # what the texts need is made before: the distribution on new text is measured above
+            if time.perf_counter() > end: break
             f = e.follow(compiled)
             for token in ids[:steps + 60]:
                 f.fill()
