@@ -306,7 +306,7 @@ def command_of(domain, experiment):
     "The one command that remakes a record."
     name = f"{domain}/{experiment}"
     if name in experiments(): return f"modeltc-lab run {name}"
-    return {"kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu",
+    return {"decoding/vllm_backend": "bash tests/peers/vllm_structured.sh", "kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu",
             "kernels/constrained_resources": "python kernels/bench/compile_check.py --write", "kernels/constrained_step": "make gpu",
             "serving/engine_contract": "bash tests/peers/transformers_versions.sh", "serving/vllm_plugin": "bash tests/peers/vllm_scheduler.sh",
             "serving/token_sim_vidur": "bash tests/peers/vidur_speed.sh", "serving/engine_validation_cuda": "modeltc-lab validate --device cuda --results docs/results"}[name]
