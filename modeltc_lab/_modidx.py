@@ -384,6 +384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'modeltc_lab.core.results.sentence': ( 'core/results.html#sentence',
                                                                                  'modeltc_lab/core/results.py'),
                                           'modeltc_lab.core.results.table': ('core/results.html#table', 'modeltc_lab/core/results.py'),
+                                          'modeltc_lab.core.results.telling': ('core/results.html#telling', 'modeltc_lab/core/results.py'),
                                           'modeltc_lab.core.results.versions': ( 'core/results.html#versions',
                                                                                  'modeltc_lab/core/results.py'),
                                           'modeltc_lab.core.results.write': ('core/results.html#write', 'modeltc_lab/core/results.py')},

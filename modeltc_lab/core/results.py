@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Name', 'Finite', 'PACKAGES', 'Record', 'device_name', 'commit', 'versions', 'record', 'results_root', 'write', 'read',
-           'number', 'cell', 'table', 'pick', 'sentence']
+           'number', 'cell', 'telling', 'table', 'pick', 'sentence']
 
 # %% ../../nbs/core/03_results.ipynb #526bfd6d
 import json
@@ -201,6 +201,20 @@ def _key(record: Record, names: str | Sequence[str]) -> str:
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values if v is not None)
 
 
+def telling(
+    records: Sequence[Record],  # of one experiment
+) -> list[str]:                 # as few as possible
+    "Settings that tell apart records which agree in everything else: the language of a text, the vocabulary."
+    key = lambda r, names: (r.method, r.metric, r.x, r.implementation, r.device, *(str(r.config.get(n)) for n in names))
+    count, names = lambda names: len({key(r, names) for r in records}), list[str]()
+    known = sorted({n for r in records for n, v in r.config.items() if isinstance(v, str | int | float)})
+    while known and count(names) < len(records):
+        best = max(known, key=lambda n: count([*names, n]))
+        if count([*names, best]) == count(names): break
+        names.append(best)
+    return names
+
+
 def table(
     records: Sequence[Record],                # what to show
     rows: str | Sequence[str] = "method",     # field or fields that name a row
@@ -210,11 +224,13 @@ def table(
     if not records: return "*No record yet: run the command named above.*"
     units: dict[str, str] = {}
     grid: dict[str, dict[str, Record]] = {}
+    more = telling(records) if len({(_key(r, rows), _key(r, cols)) for r in records}) < len(records) else []
     for r in records:
-        grid.setdefault(_key(r, rows), {})[_key(r, cols)] = r
+        grid.setdefault(", ".join([_key(r, rows), *(str(r.config[n]) for n in more if n in r.config)]), {})[_key(r, cols)] = r
         units.setdefault(_key(r, cols), r.unit)
     head = [f"{c} ({u})" for c, u in units.items()]
     name = records[0].x_name if rows == "x" and records[0].x_name else (rows if isinstance(rows, str) else ", ".join(rows))
+    name = ", ".join([name, *more])
     lines = [f"| {name} | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     for row, cells in grid.items(): lines.append(f"| {row} | " + " | ".join(cell(cells[c]) if c in cells else "" for c in units) + " |")
     return "\n".join(lines)
