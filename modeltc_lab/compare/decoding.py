@@ -1202,18 +1202,18 @@ def exactness(
     engines: Sequence[str] | None = None,   # default: those installed that follow grammars
     languages: Sequence[str] = ("json", "arithmetic", "csv", "xml", "sql", "c", "python"),
     vocabulary: str = "smollm2",
-    positions: int | None = None,           # altogether
+    positions: int | None = None,           # of this package, altogether; a peer is asked at a few of them
     budget_s: float | None = None,          # for one language; fewer positions then
 ) -> list[Record]:         # bits that differ, by cause
     "Masks against a judge that tries every token (pre3.md 9)."
-    positions, budget_s, out = positions or (15_000 if full else 5_000), budget_s or (120 if full else 20), list[Record]()
+    positions, budget_s, out = positions or (105_000 if full else 35_000), budget_s or (120 if full else 45), list[Record]()
     slow = ("xgrammar_ebnf", "kbnf", "modeltc_lab_full")
     engines = engines or [e for e in installed() if "grammar" in ENGINES[e].takes and e not in slow]
     for l in languages:
         asked = [name for name in engines if (name != "xgrammar_json" or l == "json") and (name, l) not in ANOTHER]  # masks of another language say nothing
         if l in ("c", "python") and not full: asked = [e for e in asked if e == "modeltc_lab"]                       # to say why a peer differs takes minutes there
         for together in tqdm([some for some in ([e for e in asked if e == "modeltc_lab"], [e for e in asked if e != "modeltc_lab"]) if some], desc=f"exactness {l}", leave=False):
-            n = positions // len(languages) if together == ["modeltc_lab"] else max(20, positions // len(languages) // 5)
+            n = positions // len(languages) if together == ["modeltc_lab"] else max(20, positions // len(languages) // 35)
             try: found = apart("compare_masks", 900 + 2 * budget_s, language=l, vocabulary=vocabulary, engines=together, count=n, budget_s=budget_s)
             except PeerError as why: found = {e: {"refused": str(why)} for e in together}
             for e, got in found.items():
