@@ -789,7 +789,7 @@ FORMATS: dict[str, str] = {
     "uuid": "[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}",
     **{"uri" + k: v for k, v in _uri("").items()}, **{"iri" + k: v for k, v in _uri(_WIDE).items()},
     "uri-template": rf"(?:[!#$&-;=?-\[\]_a-z~{_WIDE}]|%[0-9A-Fa-f]{{2}}|\{{[+#./;?&=,!@|]?{_VAR}(?:,{_VAR})*\}})*",
-    "json-pointer": r"(?:/(?:[^~/]|~[01])*)*", "relative-json-pointer": r"(?:0|[1-9][0-9]*)(?:#|(?:/(?:[^~/]|~[01])*)*)"}
+    "json-pointer": r"(?:/(?:[^~/]|~[01])*)*", "relative-json-pointer": r"(?:0|[1-9][0-9]*)(?:(?:/(?:[^~/]|~[01])*)*|#)"}
 
 
 @lru_cache(64)
