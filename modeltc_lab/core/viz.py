@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GRID', 'METHODS', 'TWIN_MIME', 'MAX_FIGURES', 'MAX_BYTES', 'axis', 'MethodStyle', 'register_method',
-           'style', 'Twin', 'twin']
+           'style', 'Twin', 'twin', 'slider', 'panel', 'refresh', 'show', 'tell']
 
 # %% ../../nbs/core/04_viz.ipynb #039a06ed
 import json
@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as W
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -87,7 +88,13 @@ for _name, _label, _color, _symbol in (
     ("modeltc_lab_full", "modeltc_lab, all made in advance", "#1b3f8b", "star-diamond"), ("glrmask", "glrmask", "#009e73", "square"), ("llguidance", "llguidance", "#e69f00", "triangle-up"),
     ("xgrammar", "xgrammar", "#b03a6b", "diamond"), ("xgrammar_ebnf", "xgrammar, EBNF by hand", "#b03a6b", "diamond-open"), ("xgrammar_json", "xgrammar, built-in JSON", "#b03a6b", "diamond-dot"),
     ("kbnf", "kbnf", "#8a8a2a", "pentagon"), ("outlines_core", "outlines-core", "#56b4e9", "hexagon"), ("lmformatenforcer", "lm-format-enforcer", "#7f6fb3", "star"),
-    ("copy", "copy of the rows", "#6b6b6b", "line-ew"), ("unconstrained", "without a constraint", "#6b6b6b", "cross")):
+    ("copy", "copy of the rows", "#6b6b6b", "line-ew"), ("unconstrained", "without a constraint", "#6b6b6b", "cross"),
+    ("hbp", "HBP", "#0072b2", "hexagram"), ("bfd", "BFD", "#1b3f8b", "square"), ("ffd", "FFD", "#56b4e9", "square-dot"), ("isf", "ISF", "#e69f00", "diamond"), ("next_fit", "next fit", "#8a8a2a", "triangle-up"),
+    ("pattern", "integer patterns", "#009e73", "diamond-tall"), ("trl", "TRL", "#d55e00", "square"), ("llamafactory", "LLaMA-Factory", "#b03a6b", "triangle-left"), ("torchtune", "torchtune", "#7f6fb3", "triangle-right"),
+    ("naive_isf", "ISF in plain Python", "#e69f00", "diamond-open"), ("length_grouped", "length-grouped sampler", "#cc79a7", "bowtie"), ("prtpy", "prtpy", "#5a6f1e", "pentagon"), ("binpacking", "binpacking", "#8fa83a", "pentagon-open"),
+    ("random", "random order", "#d55e00", "x"), ("sort", "sorted", "#cc79a7", "line-ns"), ("window:8", "windows of 8", "#56b4e9", "star"), ("window:32", "windows of 32", "#0072b2", "star"), ("lpt", "longest first", "#009e73", "hexagon"),
+    ("uniform", "equal layer counts", "#8a8a2a", "square-x"), ("parameters", "equal parameters", "#d55e00", "square-cross"), ("omnibal", "OmniBal", "#e69f00", "hexagram"), ("dp", "exact partition", "#0072b2", "octagon"),
+    ("full", "recompute everything", "#6b6b6b", "circle"), ("none", "recompute nothing", "#9a9a9a", "circle-open"), ("greedy", "recompute, greedy", "#e69f00", "octagon"), ("joint", "recompute, joint", "#0072b2", "octagon-dot")):
     register_method(_name, _label, _color, _symbol)
 
 
@@ -210,3 +217,58 @@ def twin(
     size = len(json.dumps(made.payload()))
     if size > MAX_BYTES: raise ValueError(f"twin {title!r}: {size} bytes, at most {MAX_BYTES}; use fewer values or points")
     return made
+
+# %% ../../nbs/core/04_viz.ipynb #930503e1
+def slider(
+    name: str,         # shown beside it
+    value: float,      # at the start
+    low: float,        # smallest value
+    high: float,       # largest value
+    step: float = 1,   # a whole number makes a slider over whole numbers
+) -> W.IntSlider | W.FloatSlider:
+    "A slider in the size all widgets share."
+    kind, form = (W.IntSlider, "d") if isinstance(step, int) else (W.FloatSlider, ".2f")
+    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=True, readout_format=form, style=dict(description_width="initial"),
+                layout=W.Layout(width="320px"))
+
+
+def panel(
+    fig: go.Figure,                 # the first state, complete
+    controls: dict[str, W.Widget],  # by name
+) -> W.VBox:                        # with `.fig`, `.controls` and `.message`
+    "Controls and a line for messages above a live figure."
+    live, message = go.FigureWidget(fig), W.HTML()
+    box = W.VBox([W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), message, live])
+    box.fig, box.controls, box.message = live, controls, message
+    return box
+
+
+def refresh(
+    live: go.FigureWidget,  # on the screen
+    new: go.Figure,         # what it should show; the same traces in the same order
+) -> None:
+    "Move a live figure to a new state in one update."
+    with live.batch_update():
+        for shown, wanted in zip(live.data, new.data): shown.update(wanted.to_plotly_json(), overwrite=False)
+        live.layout.shapes, live.layout.annotations = new.layout.shapes, new.layout.annotations
+        for part in (k for k in new.layout.to_plotly_json() if k not in ("template", "shapes", "annotations")): live.layout[part] = new.layout[part]
+
+
+def show(
+    box: W.VBox,     # made by `panel`
+    new: go.Figure,  # what it should show
+) -> None:
+    "As `refresh`; other kinds of traces, or other places for them, need another figure."
+    places = lambda fig: [(t.type, t.name if t.type == "table" else None, getattr(t, "yaxis", None)) for t in fig.data]
+    if places(box.fig) == places(new): refresh(box.fig, new)
+    else:
+        box.fig = go.FigureWidget(new)
+        box.children = (*box.children[:-1], box.fig)
+
+
+def tell(
+    box: W.VBox,                     # made by `panel`
+    error: Exception | None = None,  # None: nothing is wrong
+) -> None:
+    "Say what is wrong above the figure, in place of a traceback."
+    box.message.value = "" if error is None else f"<pre style='color:#d55e00;white-space:pre-wrap;margin:0'>{escape(str(error))}</pre>"

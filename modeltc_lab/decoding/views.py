@@ -38,50 +38,6 @@ from .vocabulary import Vocabulary
 INK, FAINT, LINES = "#888888", "rgba(128,128,128,0.13)", "rgba(128,128,128,0.3)"
 
 
-def _refresh(
-    live: go.FigureWidget,  # on the screen
-    new: go.Figure,         # what it should show; the same traces in the same order
-) -> None:
-    "Move a live figure to a new state in one update."
-    with live.batch_update():
-        for shown, wanted in zip(live.data, new.data): shown.update(wanted.to_plotly_json(), overwrite=False)
-        for part in (k for k in new.layout.to_plotly_json() if k != "template"): live.layout[part] = new.layout[part]
-
-
-def _show(
-    box: W.VBox,     # with `.fig`
-    new: go.Figure,  # what it should show
-) -> None:
-    "As `_refresh`; other traces need another figure."
-    if [(t.type, t.name) for t in box.fig.data] == [(t.type, t.name) for t in new.data]: _refresh(box.fig, new)
-    else:
-        box.fig = go.FigureWidget(new)
-        box.children = (*box.children[:-1], box.fig)
-
-
-def _panel(
-    fig: go.Figure,                # the first state
-    controls: dict[str, W.Widget], # by name
-) -> W.VBox:                       # with `.fig`, `.controls` and `.message`
-    "Controls and a line for messages above a live figure."
-    live, message = go.FigureWidget(fig), W.HTML()
-    box = W.VBox([W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), message, live])
-    box.fig, box.controls, box.message = live, controls, message
-    return box
-
-
-def _tell(
-    box: W.VBox,               # with `.message`
-    error: Exception | None,   # None: nothing is wrong
-) -> None:
-    "Say what is wrong, in place of a traceback."
-    box.message.value = "" if error is None else f"<pre style='color:#d55e00;white-space:pre-wrap;margin:0'>{escape(str(error))}</pre>"
-
-
-def _slider(name: str, value: int, high: int, low: int = 0) -> W.IntSlider:
-    return W.IntSlider(value=value, min=low, max=high, description=name, continuous_update=True, style=dict(description_width="initial"), layout=W.Layout(width="320px"))
-
-
 def _table(
     head: Sequence[str],             # of the columns
     rows: Sequence[Sequence[str]],   # as text
@@ -394,7 +350,7 @@ def automaton_explorer_widget(
         "grammar": W.Dropdown(options=[*EXAMPLES, "your own"], value=grammar if grammar in EXAMPLES else "your own", description="grammar"),
         "table": W.ToggleButtons(options=list(KINDS), value=table, description="table", style=dict(button_width="auto")),
         "text": W.Text(value=sample if text is None else text, description="text", continuous_update=True, layout=W.Layout(width="380px")),
-        "bytes": _slider("bytes read", 0, 1), "state": W.Dropdown(options=[("the one on top", -1)], value=-1, description="state"),
+        "bytes": viz.slider("bytes read", 0, 0, 1), "state": W.Dropdown(options=[("the one on top", -1)], value=-1, description="state"),
         "source": W.Textarea(value=source, description="rules (Lark)", continuous_update=False, rows=6, style=dict(description_width="initial"), layout=W.Layout(width="640px", height="130px"))}
     busy = {"now": False}
 
@@ -421,9 +377,9 @@ def automaton_explorer_widget(
             if who is c["grammar"] and who.value in EXAMPLES: c["source"].value, c["text"].value = EXAMPLES[who.value]
             if who is c["source"]: c["grammar"].value = next((k for k, v in EXAMPLES.items() if v[0] == who.value), "your own")
             if who not in (c["bytes"], c["state"]): load(keep=who is c["table"])
-            _show(box, picture())
-            _tell(box, None)
-        except ValueError as e: _tell(box, e)
+            viz.show(box, picture())
+            viz.tell(box, None)
+        except ValueError as e: viz.tell(box, e)
         finally: busy["now"] = False
         listen()
 
@@ -437,7 +393,7 @@ def automaton_explorer_widget(
 
     box = W.VBox()
     load(keep=False)
-    made = _panel(picture(), c)
+    made = viz.panel(picture(), c)
     box.children, box.fig, box.controls, box.message = made.children, made.fig, c, made.message
     for control in c.values(): control.observe(draw, "value")
     listen()
@@ -682,7 +638,7 @@ def token_mask_lens_widget(
     vocabulary, encode = source or real_vocabulary()
     c: dict[str, Any] = {
         "grammar": W.Dropdown(options=list(GRAMMARS), value=grammar, description="grammar"), "forget": W.Button(description="forget the table", tooltip="Begin with an empty table"),
-        "step": _slider("step", 0, 1),
+        "step": viz.slider("step", 0, 0, 1),
         "text": W.Text(value=LENS_TEXTS.get(grammar, GRAMMARS[grammar].good[0]) if text is None else text, description="text", continuous_update=False, layout=W.Layout(width="640px")),
         "forced": W.Text(value="", description="force", placeholder="a text that should come next", continuous_update=True, layout=W.Layout(width="380px"))}
     known: dict[str, Any] = {"engine": Engine(vocabulary), "busy": False}
@@ -710,14 +666,14 @@ def token_mask_lens_widget(
                 for name in [n for n in known if n in GRAMMARS]: del known[name]
             if who is c["grammar"]: c["text"].value, c["step"].value = LENS_TEXTS.get(who.value, GRAMMARS[who.value].good[0]), 0
             if who not in (c["step"], c["forced"]): load()
-            _show(box, picture())
-            _tell(box, None)
-        except ValueError as e: _tell(box, e)
+            viz.show(box, picture())
+            viz.tell(box, None)
+        except ValueError as e: viz.tell(box, e)
         finally: known["busy"] = False
 
     box = W.VBox()
     load()
-    made = _panel(picture(), c)
+    made = viz.panel(picture(), c)
     box.children, box.fig, box.controls, box.message = made.children, made.fig, c, made.message
     for name, control in c.items():
         if name != "forget": control.observe(draw, "value")
@@ -821,13 +777,13 @@ def cost_board_widget(
                          "percentile": W.ToggleButtons(options=("p50", "p99"), value="p50", description="show", style=dict(button_width="auto")),
                          "work": W.Dropdown(options=works, description="of", layout=W.Layout(width="380px"))}
     picture = lambda: cost_board(rows, c["batch"].value, c["percentile"].value, c["work"].value, held)
-    box = _panel(picture(), c)
+    box = viz.panel(picture(), c)
 
     def draw(_: Any) -> None:
         try:
-            _show(box, picture())
-            _tell(box, None)
-        except ValueError as e: _tell(box, e)
+            viz.show(box, picture())
+            viz.tell(box, None)
+        except ValueError as e: viz.tell(box, e)
 
     for control in c.values(): control.observe(draw, "value")
     return box

@@ -119,47 +119,6 @@ def memory_timeline(
     return fig
 
 # %% ../../nbs/serving/19_views.ipynb #747eef0a
-def _refresh(
-    live: go.FigureWidget,  # on the screen
-    new: go.Figure,         # what it should show; the same traces in the same order
-) -> None:
-    "Move a live figure to a new state in one update."
-    with live.batch_update():
-        for shown, wanted in zip(live.data, new.data): shown.update(wanted.to_plotly_json(), overwrite=False)
-        if live.layout.shapes != new.layout.shapes: live.layout.shapes = new.layout.shapes
-        for axis in (k for k in new.layout.to_plotly_json() if k.startswith(("xaxis", "yaxis"))): live.layout[axis].title.text = new.layout[axis].title.text
-        live.layout.title.text = new.layout.title.text
-
-
-def _show(
-    box: W.VBox,     # with `.fig`
-    new: go.Figure,  # what it should show
-) -> None:
-    "As `_refresh`; other traces need another figure."
-    if len(box.fig.data) == len(new.data) and [t.yaxis for t in box.fig.data] == [t.yaxis for t in new.data]: _refresh(box.fig, new)
-    else:
-        box.fig = go.FigureWidget(new)
-        box.children = (*box.children[:-1], box.fig)
-
-
-def _panel(
-    fig: go.Figure,                   # the first state
-    controls: dict[str, W.Widget],    # by name
-) -> W.VBox:                          # with `.fig` and `.controls`
-    "Controls above a live figure."
-    live = go.FigureWidget(fig)
-    box = W.VBox([W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), live])
-    box.fig, box.controls = live, controls
-    return box
-
-
-def _slider(name: str, value: float, low: float, high: float, step: float = 1) -> W.IntSlider | W.FloatSlider:
-    "A slider; over whole numbers where the step is one."
-    kind, form = (W.IntSlider, "d") if isinstance(step, int) else (W.FloatSlider, ".2f")
-    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=True, readout_format=form, style=dict(description_width="initial"),
-                layout=W.Layout(width="320px"))
-
-
 def memory_timeline_widget(
     batch: Mapping[str, tuple[int, int, int]] = BATCH,       # running requests
     candidate: tuple[int, int, int] = (300, 0, 500),         # prompt, generated, whole reply
@@ -169,10 +128,10 @@ def memory_timeline_widget(
     state = {**batch, "candidate": candidate}
     c: dict[str, Any] = {
         "request": W.Dropdown(options=list(state), value="candidate", description="request"),
-        "prompt": _slider("prompt", candidate[0], 50, 2500, 50), "generated": _slider("generated", candidate[1], 0, 999),
-        "reply": _slider("whole reply", candidate[2], 1, 1000), "capacity": _slider("capacity", capacity, 500, 6000, 100),
+        "prompt": viz.slider("prompt", candidate[0], 50, 2500, 50), "generated": viz.slider("generated", candidate[1], 0, 999),
+        "reply": viz.slider("whole reply", candidate[2], 1, 1000), "capacity": viz.slider("capacity", capacity, 500, 6000, 100),
         "criterion": W.ToggleButtons(options=CRITERIA, value="peak", description="criterion")}
-    box = _panel(memory_timeline(state, capacity), c)
+    box = viz.panel(memory_timeline(state, capacity), c)
     busy = {"loading": False}
 
     def load(_: Any) -> None:
@@ -184,7 +143,7 @@ def memory_timeline_widget(
         if busy["loading"]: return
         reply = max(c["reply"].value, 1)
         state[c["request"].value] = (c["prompt"].value, min(c["generated"].value, reply - 1), reply)
-        _refresh(box.fig, memory_timeline(state, c["capacity"].value, c["criterion"].value))
+        viz.refresh(box.fig, memory_timeline(state, c["capacity"].value, c["criterion"].value))
 
     c["request"].observe(load, "value")
     for name in ("prompt", "generated", "reply", "capacity", "criterion"): c[name].observe(draw, "value")
@@ -254,13 +213,13 @@ def length_posterior_widget() -> W.VBox:
     "Condition the history on what a request has made. `.controls`: generated, window, variant; `.draws` holds the draws shown."
     source, lengths = _window_source()
     cap = 1 << int(lengths.max() - 1).bit_length()
-    c: dict[str, Any] = {"generated": _slider("generated", 100, 0, cap - 1, 5), "window": _slider("window starts at reply", 0, 0, len(lengths) - WINDOW, 250),
+    c: dict[str, Any] = {"generated": viz.slider("generated", 100, 0, cap - 1, 5), "window": viz.slider("window starts at reply", 0, 0, len(lengths) - WINDOW, 250),
                          "variant": W.ToggleButtons(options=("step", "interp"), value="step", description="variant")}
     cut = lambda: lengths[c["window"].value:c["window"].value + WINDOW]
-    box = _panel(length_posterior(cut(), 100, cap, source=source), c)
+    box = viz.panel(length_posterior(cut(), 100, cap, source=source), c)
 
     def draw(_: Any) -> None:
-        _refresh(box.fig, length_posterior(cut(), c["generated"].value, cap, c["variant"].value, source))
+        viz.refresh(box.fig, length_posterior(cut(), c["generated"].value, cap, c["variant"].value, source))
         box.draws = posterior_draws(cut(), c["generated"].value, cap, c["variant"].value).tolist()
 
     for control in c.values(): control.observe(draw, "value")
@@ -405,9 +364,9 @@ def policy_race_widget(
     run = _racer(workload, history, capacity)
     c: dict[str, Any] = {
         "policies": W.SelectMultiple(options=[o for o in _choices() if o[1] != "oracle"], value=RACERS[:2], rows=4, description="policies", layout=W.Layout(width="320px")),
-        "rate": _slider("rate (requests/s)", 4.0, 0.5, 10.0, 0.25), "clients": _slider("clients (0: open loop)", 0, 0, 200, 10),
-        "reserve": _slider("reserve (share of slots)", 0.05, 0.0, 0.5, 0.01), "window": _slider("window (replies)", 1000, 50, 2000, 50),
-        "futures": _slider("futures", 5, 1, 20), "ttft": _slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5), "mtpot": _slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05)}
+        "rate": viz.slider("rate (requests/s)", 4.0, 0.5, 10.0, 0.25), "clients": viz.slider("clients (0: open loop)", 0, 0, 200, 10),
+        "reserve": viz.slider("reserve (share of slots)", 0.05, 0.0, 0.5, 0.01), "window": viz.slider("window (replies)", 1000, 50, 2000, 50),
+        "futures": viz.slider("futures", 5, 1, 20), "ttft": viz.slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5), "mtpot": viz.slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05)}
 
     def results() -> list[Result]:
         settings = [c[n].value for n in ("rate", "clients", "reserve", "window", "futures")]
@@ -416,13 +375,13 @@ def policy_race_widget(
     def picture() -> go.Figure: return policy_race(shown, SLA(c["ttft"].value, c["mtpot"].value))
 
     shown = results()
-    box = _panel(picture(), c)
+    box = viz.panel(picture(), c)
     box.results = shown
 
     def draw(change: Any) -> None:
         if not 1 <= len(c["policies"].value) <= 4: return
         if change["owner"] not in (c["ttft"], c["mtpot"]): shown[:] = results()
-        _show(box, picture())
+        viz.show(box, picture())
 
     for control in c.values(): control.observe(draw, "value")
     return box
@@ -548,9 +507,9 @@ def serving_timeline_widget(
 ) -> W.VBox:
     "Look into a run. `.controls`: policy, rate, capacity, seed, ttft, mtpot, request; a click on a request marks it; `.result` is the run shown."
     c: dict[str, Any] = {
-        "policy": W.Dropdown(options=_choices(), value="aggressive", description="policy"), "rate": _slider("rate (requests/s)", 2.5, 0.5, 10.0, 0.25),
-        "capacity": _slider("capacity (slots)", 9000, 4500, 40_000, 500), "seed": _slider("seed", 3, 0, 20), "ttft": _slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5),
-        "mtpot": _slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05),
+        "policy": W.Dropdown(options=_choices(), value="aggressive", description="policy"), "rate": viz.slider("rate (requests/s)", 2.5, 0.5, 10.0, 0.25),
+        "capacity": viz.slider("capacity (slots)", 9000, 4500, 40_000, 500), "seed": viz.slider("seed", 3, 0, 20), "ttft": viz.slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5),
+        "mtpot": viz.slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05),
         "request": W.Dropdown(options=[("none", -1)], value=-1, description="request")}
     if workload is not None:
         del c["seed"]
@@ -567,12 +526,12 @@ def serving_timeline_widget(
 
     first = serve()
     c["request"].options = [("none", -1), *((str(i), i) for i in range(len(first.requests)))]
-    box = _panel(picture(first), c)
+    box = viz.panel(picture(first), c)
     box.result = first
 
     def draw(change: Any) -> None:
         if change["owner"] not in (c["ttft"], c["mtpot"], c["request"]): box.result = serve()
-        _show(box, picture(box.result))
+        viz.show(box, picture(box.result))
 
     def mark(trace: Any, points: Any, state: Any) -> None:
         if points.point_inds: c["request"].value = int(trace.y[points.point_inds[0]])
@@ -669,8 +628,8 @@ def goodput_frontier_widget(
     run = _frontier_runs(workload, history)
     c: dict[str, Any] = {
         "policies": W.SelectMultiple(options=[o for o in _choices() if o[1] != "oracle"], value=RACERS[:2], rows=4, description="policies", layout=W.Layout(width="320px")),
-        "capacity": _slider("capacity (slots)", 20_000, 6000, 60_000, 2000), "ttft": _slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5),
-        "mtpot": _slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05),
+        "capacity": viz.slider("capacity (slots)", 20_000, 6000, 60_000, 2000), "ttft": viz.slider("TTFT within (s)", RACE_SLA.ttft_s, 0.5, 60.0, 0.5),
+        "mtpot": viz.slider("MTPOT within (s)", RACE_SLA.mtpot_s, 0.05, 3.0, 0.05),
         "metric": W.ToggleButtons(options=[(v.split(" (")[0], k) for k, v in FRONTIER_METRICS.items()], description="above", style=dict(button_width="auto")),
         "percentile": W.ToggleButtons(options=("p50", "p90", "p99"), value="p99", description="waiting", style=dict(button_width="auto"))}
 
@@ -680,9 +639,9 @@ def goodput_frontier_widget(
         return goodput_frontier(rows, sla, c["metric"].value, c["percentile"].value)
 
     rows: list[dict[str, Any]] = []
-    box = _panel(picture(), c)
+    box = viz.panel(picture(), c)
     box.rows = rows
-    for control in c.values(): control.observe(lambda _: _show(box, picture()), "value")
+    for control in c.values(): control.observe(lambda _: viz.show(box, picture()), "value")
     return box
 
 
@@ -766,8 +725,8 @@ def simulator_check_widget(
                          "metric": W.ToggleButtons(options=[(v, k) for k, v in CHECKED.items()], description="of", style=dict(button_width="auto")),
                          "statistic": W.ToggleButtons(options=("mean", "p50", "p99"), description="budget of", style=dict(button_width="auto"))}
     picture = lambda: simulator_check(rows, c["run"].value, c["metric"].value, c["statistic"].value)
-    box = _panel(picture(), c)
-    for control in c.values(): control.observe(lambda _: _show(box, picture()), "value")
+    box = viz.panel(picture(), c)
+    for control in c.values(): control.observe(lambda _: viz.show(box, picture()), "value")
     return box
 
 

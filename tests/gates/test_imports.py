@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = {"serving", "decoding", "quant", "matting", "diffusion", "sparsity", "balance"}
 MAY_USE = {"matting": {"quant"}, "diffusion": {"quant"}, "sparsity": {"quant"}}
 FIGURES = re.compile(r"plotly|ipywidgets|anywidget|IPython|jupyter\w*|ipykernel|nbclient|matplotlib")
-PEERS = {"vllm", "sglang", "xgrammar", "llguidance", "glrmask", "kbnf", "lmformatenforcer", "outlines_core", "torchao", "simpy", "vidur", "trl", "timm"}
+PEERS = {"vllm", "sglang", "xgrammar", "llguidance", "glrmask", "kbnf", "lmformatenforcer", "outlines_core", "torchao", "simpy", "vidur", "trl", "timm", "llamafactory", "torchtune", "prtpy", "binpacking", "ortools"}
 HOSTS = {"modeltc_lab.serving.vllm_plugin": {"vllm"}, "modeltc_lab.decoding.vllm_backend": {"vllm"}}   # plug-ins: what they extend is no peer to them, but still imported only when it is used
 
 
