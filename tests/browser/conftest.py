@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from jupyter_pages import server_over_notebooks
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -19,3 +20,9 @@ def browser():
         running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab server on the loopback interface over a copy of the notebooks: its address."
+    with server_over_notebooks(tmp_path_factory.mktemp("lab")) as address: yield address
