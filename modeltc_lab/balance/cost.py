@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'HARDWARE', 'DEFAULT_COST', 'GroupSpec', 'check_groups', 'ModelShape', 'model_shape', 'Hardware',
-           'hardware_of', 'CostModel']
+           'hardware_of', 'CostModel', 'relative_errors', 'fit_cost']
 
 # %% ../../nbs/balance/71b_cost.ipynb #daf5511f
 import json
@@ -205,16 +205,16 @@ class Hardware:
 
     name: str
     flops: float                       # dense half-precision FLOP/s of a device
-    matmul_efficiency: float = 0.50    # share of it large matrix products reach inside a training step
-    attention_efficiency: float = 0.35  # share of it attention kernels reach, forward and backward together
+    matmul_efficiency: float = 0.40    # share of it large matrix products reach inside a training step
+    attention_efficiency: float = 0.33  # share of it attention kernels reach, forward and backward together
     memory_bytes: float = 79 * 2**30   # of a device
     memory_bandwidth: float = 3.35e12  # bytes/s
     link_bytes_s: float = 450e9        # between devices of a node, one direction
     link_latency_s: float = 20e-6      # seconds of a collective before the first byte
     network_bytes_s: float = 50e9      # of a device to another node, one direction
     ranks_per_node: int = 8
-    link_efficiency: float = 0.7       # share of links and network a collective reaches
-    gather_bytes_s: float = 100e9      # rate at which a rank gathers weights that are sharded over all, exposed time only
+    link_efficiency: float = 0.44      # share of links and network a collective reaches
+    gather_bytes_s: float = 500e9      # sharded weights over the seconds their gathering is waited for (most of it hides behind compute)
 
     def __post_init__(self) -> None:
         _whole("ranks_per_node", self.ranks_per_node, 1)
@@ -228,7 +228,7 @@ class Hardware:
 HARDWARE = {h.name: h for h in (
     Hardware("h100", 989e12),
     Hardware("h200", 989e12, memory_bytes=140 * 2**30, memory_bandwidth=4.8e12),
-    Hardware("a100", 312e12, attention_efficiency=0.5, memory_bandwidth=2.04e12, link_bytes_s=300e9, network_bytes_s=25e9, gather_bytes_s=50e9))}
+    Hardware("a100", 312e12, matmul_efficiency=0.5, attention_efficiency=0.5, memory_bandwidth=2.04e12, link_bytes_s=300e9, network_bytes_s=25e9, gather_bytes_s=250e9))}
 
 
 def hardware_of(
@@ -326,6 +326,16 @@ class CostModel:
         return self.seconds(plan.tokens, plan.squares, plan.docs, g.sp, g.gc_layers, plan.totals[:, 0] if plan.totals.shape[1] > 1 else 0)
 
     @classmethod
+    def fit(
+        cls,
+        records: Iterable[Mapping[str, Any]],  # measured steps: tokens, squares, docs, seconds; where they differ sp, gc_layers, tiles
+        maximum_error: float = 0.15,           # median relative error on held-out steps above which the fit is refused
+        **options: Any,                        # of `fit_cost`: holdout, seed, base, source
+    ) -> "CostModel":
+        "The model measured steps ask for, or an error that says how far off it is."
+        return fit_cost(records, maximum_error, **options)
+
+    @classmethod
     def analytic(
         cls,
         model: ModelShape | str,                  # a shape or a name in `MODELS`
@@ -362,3 +372,81 @@ class CostModel:
 
 
 DEFAULT_COST = CostModel.analytic("llama3.1-8b", "h100")
+
+# %% ../../nbs/balance/71b_cost.ipynb #5961a4c5
+def _steps(
+    records: Iterable[Mapping[str, Any]],  # measured steps
+) -> dict[str, NDArray[np.float64]]:      # column by name
+    "Measured steps as columns, checked."
+    rows = list(records)
+    if not rows: raise ValueError("records=[]: need measured steps with tokens, squares, docs and seconds")
+    more = {"sp": 1, "gc_layers": 0, "tiles": 0}
+    for i, r in enumerate(rows):
+        if missing := [n for n in ("tokens", "squares", "docs", "seconds") if n not in r]: raise ValueError(f"records[{i}]: no {', '.join(missing)}; a measured step has tokens, squares, docs, seconds (and sp, gc_layers, tiles)")
+    out = {n: np.array([float(r.get(n, more.get(n, 0))) for r in rows]) for n in ("tokens", "squares", "docs", "seconds", *more)}
+    for name, values in out.items():
+        low = np.finfo(float).tiny if name == "seconds" else 1 if name == "sp" else 0
+        if len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= low)))): raise ValueError(f"records[{bad[0]}]: {name}={values[bad[0]]:g}; need a finite number, {'above 0' if name == 'seconds' else f'{low} or more'}")
+    return out
+
+
+def _unit(model: CostModel, **price: float) -> CostModel:
+    "The model with these prices only."
+    return replace(model, **{n: 0.0 for n in ("token_s", "square_s", "doc_s", "step_s", "tile_s", "exchange_s")} | {"link_bytes_s": math.inf, "network_bytes_s": math.inf} | price)
+
+
+def _columns(
+    model: CostModel,                     # shares, layers and exchange payload that are known
+    steps: dict[str, NDArray[np.float64]],  # of `_steps`
+) -> dict[str, NDArray[np.float64]]:      # what each price is multiplied with in each step
+    "The equations of the measured steps, one column a price."
+    sp, again = steps["sp"], steps["gc_layers"] / model.layers
+    share = model.forward_share if model.square_forward_share is None else model.square_forward_share
+    linear, twice = (1 + again * model.forward_share) / sp, (1 + again / 2) * (sp > 1) * (steps["tokens"] > 0)
+    copies = 1 + model.kv_share * (np.maximum(1, sp / model.kv_heads) - 1 if model.kv_heads else 0)
+    return {"token_s": steps["tokens"] * linear, "square_s": steps["squares"] * (1 + again * share) / sp, "doc_s": steps["docs"], "step_s": np.ones(len(sp)), "tile_s": steps["tiles"] * linear,
+            "exchange_s": twice, "link_s": twice * steps["tokens"] / sp * (sp - 1) / sp * model.exchange_bytes * copies}
+
+
+def relative_errors(
+    model: CostModel,                      # the model
+    records: Iterable[Mapping[str, Any]],  # measured steps
+) -> NDArray[np.float64]:                  # |predicted - measured| / measured, one a step
+    "How far a model is from measured steps."
+    s = _steps(records)
+    told = np.array([float(model.seconds(t, q, d, int(p), int(g), v)) for t, q, d, p, g, v in zip(*(s[n] for n in ("tokens", "squares", "docs", "sp", "gc_layers", "tiles")))])
+    return np.abs(told - s["seconds"]) / s["seconds"]
+
+
+def fit_cost(
+    records: Iterable[Mapping[str, Any]],  # measured steps: tokens, squares, docs, seconds; where they differ sp, gc_layers, tiles
+    maximum_error: float = 0.15,           # median relative error on the held-out steps above which the fit is refused
+    holdout: float = 0.25,                 # share of the steps that are held out
+    seed: int = 0,                         # of the split
+    base: CostModel | None = None,         # what is known and not fitted: layers, shares of a forward, payload of exchanges
+    source: str = "",                      # where the steps were measured
+) -> CostModel:
+    "Non-negative least squares on measured steps, with the error on held-out steps (hbp.md 2.5)."
+    from scipy.optimize import nnls
+    rows = list(records)
+    steps, known = _steps(rows), base or CostModel(token_s=1.0)
+    if not 0 < holdout < 1: raise ValueError(f"holdout={holdout}: need a share in (0, 1)")
+    if steps["gc_layers"].max() > known.layers: raise ValueError(f"records: gc_layers={steps['gc_layers'].max():g} but the model has layers={known.layers}; pass base=CostModel(..., layers=...)")
+    if steps["sp"].max() > 1 and not known.exchange_bytes: raise ValueError("records: some have sp > 1, but what an exchange carries is not known; pass base=CostModel(..., exchange_bytes=shape.exchange_bytes())")
+    columns = {n: c for n, c in _columns(known, steps).items() if c.any()}
+    if np.ptp(columns.get("token_s", np.zeros(1))) <= 1e-9 * np.max(columns.get("token_s", np.ones(1))): columns.pop("step_s", None)  # one number with the tokens
+    order = np.random.default_rng(seed).permutation(len(rows))
+    test, train = np.split(order, [round(holdout * len(rows))])
+    if len(train) < 2 * len(columns) or len(test) < 3: raise ValueError(f"records: {len(rows)} steps for {len(columns)} prices; need at least {2 * len(columns)} to fit and 3 held out (holdout={holdout:g})")
+    x = np.stack(list(columns.values()), 1) / steps["seconds"][:, None]
+    scale = np.linalg.norm(x[train], axis=0)
+    if not scale.all() or np.linalg.matrix_rank(x[train] / scale, tol=1e-5) < len(columns):
+        raise ValueError(f"records: {', '.join(columns)} cannot be told apart; measure packs whose tokens, squares and documents vary independently (one long document, many short ones, half-filled packs)")
+    prices = dict(zip(columns, nnls(x[train] / scale, np.ones(len(train)))[0] / scale))
+    link = prices.pop("link_s", 0.0)
+    model = _unit(known, **prices, **({"link_bytes_s": 1 / link, "network_bytes_s": 1 / link} if link else {}))
+    error = float(np.median(relative_errors(model, [rows[i] for i in test])))
+    if error > maximum_error:
+        raise ValueError(f"records: median relative error {error:.1%} on {len(test)} held-out steps, above maximum_error={maximum_error:.0%}; measure more steps, processor time instead of wall time on a shared machine, "
+                         "or packs like those to be planned; a plan made with this model would balance the wrong thing")
+    return replace(model, error=error, source=f"fitted to {len(train)} steps, {len(test)} held out" + (f", {source}" if source else ""))
