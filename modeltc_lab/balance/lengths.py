@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IntArray', 'SHORT_MEDIAN', 'SHORT_SIGMA', 'SHORT_RANGE', 'LONG_RANGE', 'TILE_TOKENS', 'VLM_LISTS', 'VLM_SUBSETS',
-           'LENGTH_COLUMNS', 'check_lengths', 'check_sizes', 'Samples', 'long_context_mix', 'describe',
+           'LENGTH_COLUMNS', 'check_lengths', 'check_sizes', 'rows_of', 'Samples', 'long_context_mix', 'describe',
            'generated_vlm_samples', 'vlm_samples', 'read_lengths', 'read_samples', 'lengths_of']
 
 # %% ../../nbs/balance/70_lengths.ipynb #7000a003
@@ -67,7 +67,19 @@ def check_sizes(
     if len(empty): raise ValueError(f"{name}[{int(empty[0])}]={a[empty[0]].tolist()}: the sample is empty; leave it out")
     return a
 
-# %% ../../nbs/balance/70_lengths.ipynb #7000a009
+# %% ../../nbs/balance/70_lengths.ipynb #7000a004
+def rows_of(
+    ids: ArrayLike,  # row numbers, or a mask of `n`
+    n: int,          # how many rows there are
+) -> IntArray:       # row numbers
+    "Rows by number, or those where a mask is true."
+    a = np.asarray(ids)
+    if a.dtype == bool and a.shape != (n,): raise ValueError(f"ids: got a mask of shape {a.shape}, need one of ({n},)")
+    rows = np.flatnonzero(a) if a.dtype == bool else _whole(a if a.size else np.zeros(0, np.int64), "ids", 0, "rows")
+    if rows.size and rows.max() >= n: raise ValueError(f"ids: got {rows.max()}, need numbers below {n}")
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     "Samples of several resources; the last column is tokens, image tokens included."
@@ -100,10 +112,11 @@ class Samples:
 
     def select(
         self,
-        ids: ArrayLike,  # row numbers, in the order wanted
+        ids: ArrayLike,  # row numbers in the order wanted, or a mask
     ) -> "Samples":
         "Some of the samples."
-        return Samples(self.sizes[ids], self.names, self.source, self.generated, None if self.labels is None else self.labels[ids])
+        rows = rows_of(ids, len(self))
+        return Samples(self.sizes[rows], self.names, self.source, self.generated, None if self.labels is None else self.labels[rows])
 
 # %% ../../nbs/balance/70_lengths.ipynb #7000a012
 SHORT_MEDIAN, SHORT_SIGMA, SHORT_RANGE, LONG_RANGE = 480, 1.05, (16, 32_768), (8_192, 131_072)  # hbp.md 2.8

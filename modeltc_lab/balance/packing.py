@@ -6,7 +6,7 @@
 __all__ = ['IntArray', 'METHODS', 'OVERSIZE', 'LARGEST', 'PackPlan', 'count_tree', 'tree_add', 'tree_below', 'tree_above',
            'check_capacity', 'pieces', 'pack', 'Bound', 'lower_bound']
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a003
+# %% ../../nbs/balance/71_packing.ipynb #7100a033
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from .lengths import check_lengths, check_sizes
+from .lengths import check_lengths, rows_of
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a006
+# %% ../../nbs/balance/71_packing.ipynb #7100a034
 IntArray = NDArray[np.int64]
 
 
@@ -152,10 +152,10 @@ class PackPlan:
 
     def select(
         self,
-        order: ArrayLike,  # (p,) pack numbers, in the order wanted
+        order: ArrayLike,  # (p,) pack numbers in the order wanted, or a mask
     ) -> "PackPlan":
         "These packs in this order."
-        order = np.asarray(order, np.int64)
+        order = rows_of(order, self.packs)
         docs, begin = self.docs[order], self.offsets[order]
         offsets = np.concatenate([[0], np.cumsum(docs)])
         items = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], docs)
