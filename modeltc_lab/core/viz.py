@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GRID', 'METHODS', 'TWIN_MIME', 'MAX_FIGURES', 'MAX_BYTES', 'axis', 'MethodStyle', 'register_method',
-           'style', 'Twin', 'twin', 'slider', 'panel', 'refresh', 'show', 'tell']
+           'style', 'Twin', 'twin', 'page', 'slider', 'panel', 'refresh', 'show', 'tell']
 
 # %% ../../nbs/core/04_viz.ipynb #039a06ed
 import json
@@ -217,6 +217,21 @@ def twin(
     size = len(json.dumps(made.payload()))
     if size > MAX_BYTES: raise ValueError(f"twin {title!r}: {size} bytes, at most {MAX_BYTES}; use fewer values or points")
     return made
+
+# %% ../../nbs/core/04_viz.ipynb #75e72989
+def page(
+    path: Path | str,    # of the page
+    title: str,          # above it
+    text: str,           # shown as it is, before the figures
+    *figures: go.Figure,  # below the text, in this order
+) -> Path:
+    "Write a report that holds everything, plotly too: it opens without Python and without a network."
+    parts = [f.to_html(full_html=False, include_plotlyjs=i == 0) for i, f in enumerate(figures)]
+    said = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><body style='font:15px system-ui;max-width:1100px;margin:2rem auto'>" \
+           f"<h1>{escape(title)}</h1><pre style='overflow-x:auto'>{escape(text)}</pre>{''.join(parts)}</body></html>"
+    try: (path := Path(path)).write_text(said, encoding="utf-8")
+    except OSError as e: raise ValueError(f"report {path}: cannot be written ({e.strerror})") from e
+    return path
 
 # %% ../../nbs/core/04_viz.ipynb #930503e1
 def slider(

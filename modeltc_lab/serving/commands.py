@@ -157,15 +157,6 @@ def _chart(rows: list[dict], sla: "SLA", w: "Workload", attainment: float = 0.9)
         lines.append(f"{policy:21s}" + "".join(f" {BARS[round(8 * c / top) if top else 0]}{c:6.2f}" for c in cells) + (f"   {kept[policy]:.2f} requests/s" if kept[policy] else "   below the lowest"))
     return "\n".join(lines)
 
-
-def _report(path: str, title: str, figure: Any, text: str) -> None:
-    "One self-contained HTML page: the table and the figure."
-    from html import escape
-    page = f"<!doctype html><meta charset='utf-8'><title>{title}</title><body style='font:15px system-ui;max-width:1100px;margin:2rem auto'>" \
-           f"<h1>{title}</h1><pre style='overflow-x:auto'>{escape(text)}</pre>{figure.to_html(full_html=False, include_plotlyjs=True)}</body>"
-    try: Path(path).write_text(page, encoding="utf-8")
-    except OSError as e: raise ValueError(f"--report {path}: cannot be written ({e.strerror})") from e
-
 # %% ../../nbs/serving/18_commands.ipynb #456910f6
 def sim(
     trace: str = "sharegpt",                 # a trace of `data list`, a generated workload (sharegpt, dist-1, arxiv, servegen_deepseek-r1, ...), or a CSV, JSONL or parquet file
@@ -234,8 +225,9 @@ def sim(
         rows = _frontier(w, policies, slots, seconds, limit, engine, changes, fleet, [] if rates is None else _numbers("rates", rates), warmup, drain, quiet)
         text = _chart(rows, limit, w) + _hint(policies, w, past, window)
         if report is not None:
+            from modeltc_lab.core.viz import page
             from modeltc_lab.serving.views import goodput_frontier
-            _report(report, "modeltc-lab sim --frontier", goodput_frontier(rows, limit), text)
+            page(report, "modeltc-lab sim --frontier", text, goodput_frontier(rows, limit))
         print(_json({"config": config, "frontier": rows}) if json else text)
         return
     _no("rates", **({} if rates is None else {"rates without --frontier": rates}))
@@ -244,8 +236,9 @@ def sim(
     summaries = [r.summary(limit, warmup, drain) for r in results]
     text = _table(summaries, limit, w, slots) + _hint(policies, w, past, window)
     if report is not None:
+        from modeltc_lab.core.viz import page
         from modeltc_lab.serving.views import memory_race
-        _report(report, "modeltc-lab sim", memory_race(results), text)
+        page(report, "modeltc-lab sim", text, memory_race(results))
     print(_json({"config": config, "results": summaries}) if json else text)
 
 
