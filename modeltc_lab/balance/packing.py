@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .lengths import check_lengths, rows_of
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a034
+# %% ../../nbs/balance/71_packing.ipynb #7100a003
 IntArray = NDArray[np.int64]
 
 
@@ -166,8 +166,7 @@ class PackPlan:
         sizes: ArrayLike,  # (documents,) lengths or (documents, k) sizes the plan was made for
     ) -> None:
         "Raise unless every document is in exactly one pack (or dropped), with its own size, and no pack holds more than its limits."
-        whole = np.asarray(sizes, np.int64)
-        whole = whole.reshape(len(whole), -1)
+        whole = np.atleast_2d(np.asarray(sizes, np.int64).T).T
         over = np.argwhere(self.totals > np.array(self.limits))
         if len(over): raise ValueError(f"pack {over[0, 0]} holds {self.totals[tuple(over[0])]} of resource {over[0, 1]}, more than its limit of {self.limits[over[0, 1]]}")
         if (self.docs == 0).any(): raise ValueError(f"pack {int(np.flatnonzero(self.docs == 0)[0])} is empty")
