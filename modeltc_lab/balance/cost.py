@@ -6,10 +6,10 @@
 __all__ = ['MODELS', 'HARDWARE', 'DEFAULT_COST', 'GroupSpec', 'check_groups', 'ModelShape', 'model_shape', 'Hardware',
            'hardware_of', 'CostModel', 'relative_errors', 'fit_cost']
 
-# %% ../../nbs/balance/71b_cost.ipynb #daf5511f
+# %% ../../nbs/balance/71b_cost.ipynb #de48f4cd
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,9 +158,9 @@ class ModelShape:
         name: str | None = None,  # None: the configuration's own
     ) -> "ModelShape":
         "The shape of a transformers model."
-        get = lambda *names: next((v for v in (getattr(config, n, None) for n in names) if v is not None), None)
+        get: Callable[..., Any] = lambda *names: next((v for v in (getattr(config, n, None) for n in names) if v is not None), None)
         need = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "intermediate": "intermediate_size"}
-        found = {k: get(v) for k, v in need.items()}
+        found: dict[str, Any] = {k: get(v) for k, v in need.items()}
         if missing := [need[k] for k, v in found.items() if not isinstance(v, int)]:
             raise ValueError(f"config of {type(config).__name__}: no whole number {', '.join(missing)}; pass the text configuration (config.get_text_config()) or write ModelShape(...)")
         more: dict[str, Any] = {"head_dim": get("head_dim") or 0}
@@ -392,7 +392,8 @@ def _steps(
 
 def _unit(model: CostModel, **price: float) -> CostModel:
     "The model with these prices only."
-    return replace(model, **{n: 0.0 for n in ("token_s", "square_s", "doc_s", "step_s", "tile_s", "exchange_s")} | {"link_bytes_s": math.inf, "network_bytes_s": math.inf} | price)
+    prices: dict[str, Any] = {n: 0.0 for n in ("token_s", "square_s", "doc_s", "step_s", "tile_s", "exchange_s")} | {"link_bytes_s": math.inf, "network_bytes_s": math.inf} | price
+    return replace(model, **prices)
 
 
 def _columns(
