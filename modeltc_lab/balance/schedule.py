@@ -6,9 +6,9 @@
 __all__ = ['IntArray', 'FloatArray', 'ORDERS', 'EMPTY', 'WINDOW', 'Meeting', 'IGNORE', 'PLAN_ARRAYS', 'Recipe', 'StepSchedule',
            'parse_balance', 'interleave', 'pack_seconds', 'schedule', 'costs', 'step_seconds', 'time_bound',
            'bin_bound', 'pad_ratio', 'step_lengths', 'likeness', 'drift', 'company', 'metrics', 'BalancedBatchSampler',
-           'ResumableLoader', 'PackedDataset', 'PackedCollator', 'document_mask', 'save_schedule', 'load_schedule']
+           'ResumableLoader', 'PackedDataset', 'PackedCollator', 'document_mask', 'write_schedule', 'read_schedule']
 
-# %% ../../nbs/balance/71c_schedule.ipynb #2867cde5
+# %% ../../nbs/balance/71c_schedule.ipynb #9767a414
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numba import njit
@@ -24,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from .cost import DEFAULT_COST, CostModel, GroupSpec, check_groups
 from .packing import PackPlan, lower_bound
 
-# %% ../../nbs/balance/71c_schedule.ipynb #bfeb7d12
+# %% ../../nbs/balance/71c_schedule.ipynb #07ee9e81
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 ORDERS = ("random", "sort", "window:W", "lpt")
@@ -94,9 +95,8 @@ class StepSchedule:
 
     def of_group(self, group: int) -> IntArray:  # (its steps, accumulate, ranks)
         "The packs of all steps of a group, in order of the steps."
-        first = self.offsets[:-1][self.group == group]
-        n = self.accumulate * self.ranks(group)
-        return self.packs[first[:, None] + np.arange(n)].reshape(-1, self.accumulate, self.ranks(group))
+        first, n = self.offsets[:-1][self.group == group], self.accumulate * self.ranks(group)
+        return self.packs[np.add.outer(first, np.arange(n))].reshape(-1, self.accumulate, self.ranks(group))
 
     def check(self) -> None:
         "Raise unless every pack of every group stands exactly once, and only a group's last step could not be filled."
@@ -111,7 +111,8 @@ class StepSchedule:
         h = hashlib.sha256(json.dumps([self.world, self.accumulate, [[g.length, g.sp, g.gc_layers] for g in self.groups]]).encode())
         for plan in self.plans:
             for part in (plan.item_ids, plan.offsets, plan.sizes, plan.starts): h.update(np.ascontiguousarray(part).data)
-        for part in (self.group, self.offsets, self.packs): h.update(np.ascontiguousarray(part).data)
+        h.update(np.ascontiguousarray(self.group).data)
+        for part in (self.offsets, self.packs): h.update(np.ascontiguousarray(part).data)
         return h.hexdigest()
 
     def fingerprint(self) -> str:
@@ -208,7 +209,7 @@ def interleave(
         out.append(pattern)
     return np.concatenate(out)
 
-# %% ../../nbs/balance/71c_schedule.ipynb #4a2c44be
+# %% ../../nbs/balance/71c_schedule.ipynb #bbe449aa
 def _key(plan: PackPlan, seconds: FloatArray, key: str) -> FloatArray:
     "What packs are sorted by, the entry of an empty pack last."
     if key == "cost": return seconds
@@ -254,7 +255,7 @@ def schedule(
     accumulate: int = 1,                                        # micro-batches a step
     seed: int = 0,
     *,
-    key: Literal["cost", "attention", "tokens"] = "cost",       # what sort and window sort by
+    key: str = "cost",                                          # cost, attention or tokens: what sort and window sort by
     epoch: int = 0,                                             # another epoch, another order
 ) -> StepSchedule:
     "Deal packs to ranks, step by step (hbp.md 2.3, 2.4, 2.6)."
@@ -344,7 +345,7 @@ def pad_ratio(
     widest = np.maximum.reduceat(plan.lengths, plan.offsets[:-1])
     return float(1 - (plan.tokens / (widest * plan.docs)).mean())
 
-# %% ../../nbs/balance/71c_schedule.ipynb #f48be457
+# %% ../../nbs/balance/71c_schedule.ipynb #8ade0858
 def step_lengths(schedule: StepSchedule) -> FloatArray:  # (steps,) tokens
     "Mean document length of each step."
     out = np.empty(schedule.steps)
@@ -364,7 +365,7 @@ def likeness(schedule: StepSchedule) -> float:
         there, x = packs >= 0, np.append(np.log(plan.tokens / plan.docs), 0)[packs]
         mean = (x * there).sum(1) / there.sum(1)
         within, every = (((x - mean[:, None]) ** 2) * there).sum(), ((x[there] - x[there].mean()) ** 2).sum()
-        if every > 1e-12 and plan.packs > len(packs): total += plan.packs * (1 - within / (plan.packs - len(packs)) / (every / (plan.packs - 1)))
+        if every > 1e-12 and plan.packs > len(packs): total += plan.packs * float(1 - within / (plan.packs - len(packs)) / (every / (plan.packs - 1)))
         n += plan.packs
     return total / n if n else 0.0
 
@@ -434,7 +435,7 @@ def _shares(v: Mapping[str, float], world: int, ratios: Sequence[str]) -> dict[s
         "makespan_ratio": per(v["makespan_s"], v["bound_s"]), "makespan_s": v["makespan_s"], "bound_s": v["bound_s"], "utilisation": per(v["tokens"], v["room"]),
         "bins": int(v["bins"]), "lower_bound": int(v["lower_bound"]), "steps": int(v["steps"]), "empty": int(v["empty"]), "tokens": int(v["tokens"])}
 
-# %% ../../nbs/balance/71c_schedule.ipynb #87ce32d3
+# %% ../../nbs/balance/71c_schedule.ipynb #b034797d
 class BalancedBatchSampler:
     "Micro-batches of one rank as lists of rows, for `DataLoader(batch_sampler=...)`."
 
@@ -503,7 +504,8 @@ class BalancedBatchSampler:
     ) -> "ResumableLoader":
         "A torch DataLoader over this sampler whose state counts what it delivered."
         from torch.utils.data import DataLoader
-        return ResumableLoader(DataLoader(PackedDataset(dataset) if self.pieces else dataset, batch_sampler=self, collate_fn=collate_fn or PackedCollator(), **options), self)
+        rows: Any = PackedDataset(dataset) if self.pieces else dataset
+        return ResumableLoader(DataLoader(rows, batch_sampler=self, collate_fn=collate_fn or PackedCollator(), **options), self)
 
 
 class ResumableLoader:
@@ -603,27 +605,30 @@ def document_mask(
     document = torch.repeat_interleave(torch.arange(len(cu) - 1, device=cu.device), cu.diff())
     return ((document[:, None] == document[None, :]) & torch.ones(len(document), len(document), dtype=torch.bool, device=cu.device).tril())[None, None]
 
-# %% ../../nbs/balance/71c_schedule.ipynb #3ea21b99
+# %% ../../nbs/balance/71c_schedule.ipynb #cb6bb905
 PLAN_ARRAYS = ("item_ids", "offsets", "sizes", "limits", "starts", "dropped", "partial")
 
 
-def save_schedule(
+def write_schedule(
     schedule: StepSchedule,
-    path: Path | str,          # ends in .npz
+    path: Path | str,                        # ends in .npz
+    extra: Mapping[str, Any] | None = None,  # anything JSON can hold, kept beside it
 ) -> None:
     "Write packs, steps and how they were made."
     r = schedule.recipe
-    head = {"world": schedule.world, "accumulate": schedule.accumulate, "groups": [asdict(g) for g in schedule.groups], "fingerprint": schedule.fingerprint(),
+    head = {"world": schedule.world, "accumulate": schedule.accumulate, "groups": [asdict(g) for g in schedule.groups], "fingerprint": schedule.fingerprint(), "extra": dict(extra or {}),
             "recipe": {"balance": r.balance, "key": r.key, "curriculum_steps": r.curriculum_steps, "seed": r.seed, "epoch": r.epoch}, "cost": {k: v for k, v in asdict(r.cost).items() if v != float("inf")}}
-    arrays = {f"plan{g}_{name}": value for g, plan in enumerate(schedule.plans) for name, value in vars(plan).items() if name in PLAN_ARRAYS}
-    np.savez_compressed(path, header=np.array(json.dumps(head)), group=schedule.group, offsets=schedule.offsets, packs=schedule.packs, **arrays)
+    arrays = {f"plan{g}_{name}": getattr(plan, name) for g, plan in enumerate(schedule.plans) for name in PLAN_ARRAYS}
+    with Path(path).open("wb") as f: np.savez_compressed(f, header=np.array(json.dumps(head)), group=schedule.group, offsets=schedule.offsets, packs=schedule.packs, **arrays)
 
 
-def load_schedule(path: Path | str) -> StepSchedule:
-    "Read what `save_schedule` wrote; a file that was changed is refused."
-    with np.load(path, allow_pickle=False) as f:
-        head = json.loads(str(f["header"]))
-        plans = tuple(PackPlan.build(**{n: f[f"plan{g}_{n}"] for n in PLAN_ARRAYS}) for g in range(len(head["groups"])))
-        out = StepSchedule(plans, tuple(GroupSpec(**g) for g in head["groups"]), head["world"], head["accumulate"], f["group"], f["offsets"], f["packs"], Recipe(**head["recipe"], cost=CostModel(**head["cost"])))
-    if out.fingerprint() != head["fingerprint"]: raise ValueError(f"{path}: its fingerprint is {out.fingerprint()[:12]}, it says {head['fingerprint'][:12]}; the file is damaged, make the plan again")
-    return out
+def read_schedule(path: Path | str) -> tuple[StepSchedule, dict[str, Any]]:  # and what was kept beside it
+    "Read what `write_schedule` wrote; a file that was changed is refused."
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            head = json.loads(str(f["header"]))
+            plans = tuple(PackPlan.build(**{n: f[f"plan{g}_{n}"] for n in PLAN_ARRAYS}) for g in range(len(head["groups"])))
+            out = StepSchedule(plans, tuple(GroupSpec(**g) for g in head["groups"]), head["world"], head["accumulate"], f["group"], f["offsets"], f["packs"], Recipe(**head["recipe"], cost=CostModel(**head["cost"])))
+    except (KeyError, TypeError, ValueError, BadZipFile) as e: raise ValueError(f"path={path}: is not a schedule written by write_schedule ({e})") from e
+    if out.fingerprint() != head["fingerprint"]: raise ValueError(f"path={path}: its contents have fingerprint {out.fingerprint()[:12]}, it was written as {head['fingerprint'][:12]}; make the plan again")
+    return out, head["extra"]
