@@ -8,11 +8,13 @@ __all__ = ['KINDS', 'PER_TILE', 'COLUMNS', 'VISION', 'LLMS', 'PROFILES', 'LIMIT'
            'anchor_cuts', 'omnibal_candidates', 'DoesNotFit', 'PipelinePlan', 'again_s', 'savings', 'rank_bytes',
            'choose_recompute', 'partition']
 
-# %% ../../nbs/balance/73_partition.ipynb #9a8e25cd
+# %% ../../nbs/balance/73_partition.ipynb #566521a1
+import heapq
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -454,49 +456,27 @@ def anchor_cuts(
     return np.array([*cuts, len(weights)])
 
 
-@njit(cache=True)
-def _near_anchor(anchor, radius, total, send_s, top):
-    "Scores VAR / mean^2 + sent / mean of every partition near the anchor; the `top` best, their scores, how many were looked at."
-    stages, n = len(anchor) - 1, anchor[-1]
-    width = 2 * radius + 1
-    best, score = np.zeros((top, stages + 1), np.int64), np.full(top, np.inf)
-    cuts, mean, seen = anchor.copy(), total[n] / stages, 0
-    for code in range(width ** (stages - 1)):
-        rest, good = code, True
-        for k in range(1, stages):
-            cuts[k] = anchor[k] + rest % width - radius
-            rest //= width
-        for k in range(stages): good = good and cuts[k] < cuts[k + 1]
-        if not good: continue
-        seen += 1
-        var, sent = 0.0, 0.0
-        for k in range(stages):
-            var += (total[cuts[k + 1]] - total[cuts[k]] - mean) ** 2 / stages
-            if k + 1 < stages: sent += send_s[cuts[k + 1] - 1]
-        v = var / mean ** 2 + sent / mean
-        if v < score[top - 1]:
-            at = top - 1
-            while at > 0 and score[at - 1] > v:
-                score[at], best[at] = score[at - 1], best[at - 1]
-                at -= 1
-            score[at], best[at] = v, cuts
-    return best, score, seen
-
-
 def omnibal_candidates(
     profile: LayerProfile,
     stages: int,
     radius: int = 1,       # how far a cut may move from the anchor
     top: int = 5,          # how many to keep
     link: Link = Link(),   # prices what is sent
-) -> tuple[NDArray[np.int64], Array, int]:  # [k, S + 1] cuts, best first; their scores; how many there were
-    "The paper's candidates (omnibal.md 2.3, steps 2 to 4)."
+) -> tuple[NDArray[np.int64], Array, int]:  # [k, S + 1] cuts, best first; their scores; how many partitions were ranked
+    "The best partitions near the anchor by VAR / mean^2 + sent / mean of the forward times (omnibal.md 2.3, steps 2 to 4): a sum over stages, so the best come from a recursion instead of a list of all."
     if radius < 0 or top < 1: raise ValueError(f"radius={radius}, top={top}: need a radius of 0 or more and a top of 1 or more")
-    if (2 * radius + 1)**(stages - 1) > 20_000_000:
-        raise ValueError(f"stages={stages}, radius={radius}: {(2 * radius + 1)**(stages - 1):.0e} candidates; the search grows exponentially, use method='dp' or a smaller radius")
-    anchor = anchor_cuts(profile.forward_s, stages)
-    best, score, seen = _near_anchor(anchor, radius, np.r_[0.0, np.cumsum(profile.forward_s)], profile.output_bytes / link.bytes_s, top)
-    return best[np.isfinite(score)], score[np.isfinite(score)], int(seen)
+    anchor, total, n = anchor_cuts(profile.forward_s, stages), np.r_[0.0, np.cumsum(profile.forward_s)], len(profile)
+    mean, send_s = total[-1] / stages, profile.output_bytes / link.bytes_s
+    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {0: [(0.0, (0,))]}
+    count = {0: 1}
+    for k in range(1, stages + 1):
+        ends, last, found = [n] if k == stages else range(anchor[k] - radius, anchor[k] + radius + 1), best, {}
+        for j in ends:
+            price = lambda i: (total[j] - total[i] - mean)**2 / stages / mean**2 + (send_s[j - 1] / mean if k < stages else 0.0)
+            ways = [(score + price(i), (*cuts, j)) for i, kept in last.items() if i < j <= n for score, cuts in kept]
+            if ways: found[j] = heapq.nsmallest(top, ways)
+        best, count = found, {j: sum(c for i, c in count.items() if i < j) for j in found}
+    return np.array([c for _, c in best[n]], np.int64), np.array([v for v, _ in best[n]]), count[n]
 
 # %% ../../nbs/balance/73_partition.ipynb #4081e616
 LIMIT = 1_000_000  # choices that are kept at once
@@ -709,6 +689,13 @@ def savings(profile: LayerProfile) -> Array:
     return np.maximum(profile.activation_bytes - profile.checkpoint_bytes, 0.0)
 
 
+@lru_cache(maxsize=64)
+def _order(schedule: str, ranks: int, micros: int, chunks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    "The order of operations, the rank of each stage, and micro-batches under way by stage."
+    order = pipeline_order(schedule, ranks, micros, chunks)
+    return order, stage_homes(schedule, ranks, chunks), in_flight(order)
+
+
 def rank_bytes(
     profile: LayerProfile,             # of the worst micro-batch
     cuts: NDArray[np.int64],           # [S + 1]
@@ -719,7 +706,7 @@ def rank_bytes(
 ) -> Array:                            # [P]
     "Parameters, gradients, optimizer, activations under way, and once more the largest layer of a stage if any of it is computed again."
     ranks = (len(cuts) - 1) // chunks
-    flight, home = in_flight(pipeline_order(schedule, ranks, micro_batches, chunks)), stage_homes(schedule, ranks, chunks)
+    _, home, flight = _order(schedule, ranks, micro_batches, chunks)
     kept = np.where(recompute, np.minimum(profile.checkpoint_bytes, profile.activation_bytes), profile.activation_bytes)
     out = np.zeros(ranks)
     for r in range(ranks):
@@ -748,10 +735,10 @@ def choose_recompute(
     size = lambda mask: rank_bytes(worst, cuts, mask, schedule, chunks, micro_batches)
     if memory is None: return everything if method == "full" else np.zeros(n, bool)
     none = np.zeros(n, bool)
-    for mask, names in ((none, ("none",)), (everything, ("full", "greedy", "joint"))):
-        if method in names and len(over := np.flatnonzero((size(mask) > memory) & (size(none) > memory))): _too_large(int(over[0]), float(min(size(mask)[over[0]], size(none)[over[0]])), float(memory[over[0]]), method)
+    least = {"none": size(none), "full": size(everything)}.get(method, np.minimum(size(none), size(everything)))
+    if len(over := np.flatnonzero(least > memory)): _too_large(int(over[0]), float(least[over[0]]), float(memory[over[0]]), method, True)
     if method in ("none", "full"): return none if method == "none" else everything
-    flight, home = in_flight(pipeline_order(schedule, ranks, micro_batches, chunks)), stage_homes(schedule, ranks, chunks)
+    _, home, flight = _order(schedule, ranks, micro_batches, chunks)
     stage = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
     mask = none.copy()
     for r in np.flatnonzero(size(none) > memory):
@@ -770,73 +757,72 @@ def choose_recompute(
     return mask
 
 
-def _too_large(stage: int, need: float, have: float, method: str) -> None:
-    "The error of a stage that does not fit."
+def _too_large(stage: int, need: float, have: float, method: str, fixed: bool) -> None:
+    "The error of a stage that does not fit, at given cuts or at any."
     gib = 2**30
     how = "with nothing computed again; allow recompute='joint'" if method == "none" else "even with everything computed again; use more stages, smaller micro-batches (their limits), tensor parallelism or a sharded optimizer"
-    raise DoesNotFit(f"memory_bytes={have:.0f} ({have / gib:.2f} GiB): stage {stage} needs {need:.0f} bytes ({need / gib:.2f} GiB) {how}")
+    raise DoesNotFit(f"memory_bytes={have:.0f} ({have / gib:.2f} GiB): stage {stage} needs {need:.0f} bytes ({need / gib:.2f} GiB) {'at these cuts ' if fixed else ''}{how}")
 
-# %% ../../nbs/balance/73_partition.ipynb #c00ac3c8
-def _stage_costs(profile: LayerProfile, worst: LayerProfile, stages: int, micro_batches: int, schedule: str, memory: Array | None, recompute: str) -> tuple[Array, Array]:
-    "Work [S, L + 1, L + 1] of layers i..j-1 as stage s, and the recomputation in it; inf where they do not fit."
-    work = np.r_[0.0, np.cumsum(profile.forward_s + profile.backward_s)]
-    table = np.broadcast_to(work[None, None, :] - work[None, :, None], (stages, len(work), len(work)))
-    if memory is None and recompute != "full": return table, np.zeros_like(table)
-    everything, cost = (savings(worst) > 0) & (profile.backward_s > 0), again_s(profile)
-    if memory is None:
-        total = np.r_[0.0, np.cumsum(cost * everything)]
-        extra = np.broadcast_to(total[None, None, :] - total[None, :, None], table.shape)
-        return table + extra, extra
-    flight = in_flight(pipeline_order(schedule, stages, micro_batches, 1)).astype(np.float64)
-    save = savings(worst) * everything
-    extra = _again_s(worst.parameter_bytes, worst.activation_bytes, save, cost, savings(worst), flight, memory, LIMIT)
-    if not extra.size: raise ValueError(f"activation_bytes: more than {LIMIT} ways to save memory that differ; round the bytes of layers, or use recompute='greedy'")
-    if recompute == "none": extra = np.where(extra > 0, np.inf, extra)
-    if recompute == "full":
-        total = np.r_[0.0, np.cumsum(cost * everything)]
-        extra = np.where(np.isfinite(extra), total[None, None, :] - total[None, :, None], np.inf)
-    return table + extra, extra
+# %% ../../nbs/balance/73_partition.ipynb #1b694afe
+def _spans(a: Array) -> Array:
+    "[L + 1, L + 1] sum of i..j-1."
+    total = np.r_[0.0, np.cumsum(a)]
+    return total[None, :] - total[:, None]
 
 
-def _infeasible(worst: LayerProfile, backward: Array, stages: int, micro_batches: int, schedule: str, memory: Array, recompute: str) -> None:
-    "Name the stage and the bytes of the partition that comes nearest to fitting."
-    everything = (savings(worst) > 0) & (backward > 0) & (recompute != "none")
-    flight = in_flight(pipeline_order(schedule, stages, micro_batches, 1))
-    kept = np.where(everything, worst.checkpoint_bytes, worst.activation_bytes)
-    n = len(worst)
-    over = np.full((stages, n + 1, n + 1), np.inf)
+def _bytes_over(worst: LayerProfile, again: NDArray[np.bool_], flight: NDArray[np.int64], memory: Array) -> Array:
+    "[S, L + 1, L + 1] bytes of layers i..j-1 as stage s above its memory, when these layers are computed again."
+    n, kept = len(worst), np.where(again, np.minimum(worst.checkpoint_bytes, worst.activation_bytes), worst.activation_bytes)
+    out = np.full((len(flight), n + 1, n + 1), np.inf)
     for i in range(n):
-        static, acts, peak = (f(x[i:]) for f, x in ((np.cumsum, worst.parameter_bytes), (np.cumsum, kept), (np.maximum.accumulate, savings(worst) * everything)))
-        for s in range(stages): over[s, i, i + 1:] = static + flight[s] * acts + peak - memory[s]
+        static, acts = np.cumsum(worst.parameter_bytes[i:]), np.cumsum(kept[i:])
+        peak = np.where(np.logical_or.accumulate(again[i:]), np.maximum.accumulate(savings(worst)[i:]), 0.0)
+        out[:, i, i + 1:] = static + flight[:, None] * acts + peak - memory[:, None]
+    return out
+
+
+def _stage_costs(profile: LayerProfile, worst: LayerProfile, stages: int, micro_batches: int, schedule: str, memory: Array | None, recompute: str) -> Array:
+    "[S, L + 1, L + 1] seconds of layers i..j-1 as stage s with the recomputation it needs; inf where they do not fit."
+    everything, n = (savings(worst) > 0) & (profile.backward_s > 0), len(profile)
+    work, full_s = _spans(profile.forward_s + profile.backward_s), _spans(again_s(profile) * everything)
+    table = np.broadcast_to(work + (full_s if recompute == "full" else 0.0), (stages, n + 1, n + 1))
+    if memory is None: return table
+    flight = _order(schedule, stages, micro_batches, 1)[2]
+    if recompute in ("none", "full"): return np.where(_bytes_over(worst, everything & (recompute == "full"), flight, memory) <= 0, table, np.inf)
+    extra = _again_s(worst.parameter_bytes, worst.activation_bytes, savings(worst) * everything, again_s(profile), savings(worst), flight.astype(np.float64), memory, LIMIT)
+    if not extra.size: raise ValueError(f"activation_bytes: more than {LIMIT} ways to save memory that differ; round the bytes of layers, or use recompute='greedy'")
+    return table + extra
+
+
+def _infeasible(profile: LayerProfile, worst: LayerProfile, stages: int, micro_batches: int, schedule: str, memory: Array, recompute: str) -> None:
+    "Name the stage and the bytes of the partition that comes nearest to fitting."
+    again = (savings(worst) > 0) & (profile.backward_s > 0) & (recompute != "none")
+    over = _bytes_over(worst, again, _order(schedule, stages, micro_batches, 1)[2], memory)
+    if recompute == "joint": over = np.minimum(over, _bytes_over(worst, np.zeros_like(again), _order(schedule, stages, micro_batches, 1)[2], memory))
     cuts, value = _min_max(over)
     s = int(np.argmax([over[k, cuts[k], cuts[k + 1]] for k in range(stages)]))
-    _too_large(s, float(value + memory[s]), float(memory[s]), recompute)
+    _too_large(s, float(value + memory[s]), float(memory[s]), recompute, False)
 
 
 def _makespan(plan: PipelinePlan) -> float:
     "Seconds of a step of a plan, nothing else."
     f, r, i, w, size = plan.times.spread(plan.micro_batches)
-    order = pipeline_order(plan.schedule, plan.ranks, plan.micro_batches, plan.chunks)
-    return float(_finish(order, plan.homes, f, r, i, w, size / plan.link.bytes_s, plan.link.latency_s, plan.link.blocking).max())
+    order, home, _ = _order(plan.schedule, plan.ranks, plan.micro_batches, plan.chunks)
+    return float(_finish(order, home, f, r, i, w, size / plan.link.bytes_s, plan.link.latency_s, plan.link.blocking).max())
 
 
-def _refine(start: Sequence[PipelinePlan], choose: Callable[[NDArray[np.int64]], NDArray[np.bool_] | None]) -> PipelinePlan:
-    "Move single cuts from the fastest of some plans as long as the simulated makespan falls."
+def _refine(start: Sequence[PipelinePlan], choose: Callable[[NDArray[np.int64]], PipelinePlan | None]) -> PipelinePlan:
+    "Move one cut, or some neighbouring cuts together, from the fastest of some plans as long as the simulated makespan falls."
     best = min(start, key=_makespan)
-    score, moved = _makespan(best), True
-    seen = {tuple(best.cuts)}
+    score, moved, seen = _makespan(best), True, {tuple(p.cuts) for p in start}
     while moved:
         moved = False
-        for k in range(1, best.stages):
-            for step in (-1, 1):
-                cuts = best.cuts.copy()
-                cuts[k] += step
-                if tuple(cuts) in seen or not cuts[k - 1] < cuts[k] < cuts[k + 1]: continue
-                seen.add(tuple(cuts))
-                mask = choose(cuts)
-                if mask is None: continue
-                plan = replace(best, cuts=cuts, recompute=mask)
-                if (value := _makespan(plan)) < score * (1 - 1e-12): best, score, moved = plan, value, True
+        for first, last, step in ((a, b, d) for a in range(1, best.stages) for b in range(a, best.stages) for d in (-1, 1)):
+            cuts = best.cuts.copy()
+            cuts[first:last + 1] += step
+            if tuple(cuts) in seen or (np.diff(cuts) < 1).any(): continue
+            seen.add(tuple(cuts))
+            if (plan := choose(cuts)) is not None and (value := _makespan(plan)) < score * (1 - 1e-12): best, score, moved = plan, value, True
     return best
 
 
@@ -867,26 +853,26 @@ def partition(
     count = stages * chunks
     plain = PipelinePlan(profile, uniform_cuts(len(profile), count), np.zeros(len(profile), bool), micro_batches, method, recompute, schedule, chunks, memory, None if worst is None else heavy, 0.0, link)
 
-    def made(cuts: NDArray[np.int64], how: str = recompute) -> PipelinePlan:
-        return replace(plain, cuts=cuts, recompute=choose_recompute(profile, cuts, how, memory, heavy, schedule, chunks, micro_batches))
+    bound = 0.0
 
-    def attempt(cuts: NDArray[np.int64], how: str = recompute) -> PipelinePlan | None:
-        try: return made(cuts, how)
+    def made(cuts: NDArray[np.int64]) -> PipelinePlan:
+        return replace(plain, cuts=cuts, bound_s=bound, recompute=choose_recompute(profile, cuts, recompute, memory, heavy, schedule, chunks, micro_batches))
+
+    def attempt(cuts: NDArray[np.int64]) -> PipelinePlan | None:
+        try: return made(cuts)
         except DoesNotFit: return None
 
     if method == "uniform": return made(plain.cuts)
     if method == "parameters": return made(min_max_cuts(profile.parameter_bytes, count)[0])
-    if method == "omnibal":                    # steps 2 to 5, everything computed again while the cuts are chosen; then step by step less
-        full = (savings(heavy) > 0) & (profile.backward_s > 0) if recompute != "none" and memory is not None or recompute == "full" else plain.recompute
-        found = [replace(plain, cuts=c, recompute=full) for c in omnibal_candidates(profile, count, radius, top, link)[0]]
-        return made(min(found, key=_makespan).cuts)
-    costs, _ = _stage_costs(profile, heavy, count, micro_batches, schedule, memory if chunks == 1 else None, recompute if recompute != "greedy" else "full")
-    if chunks == 1 and recompute == "greedy": costs, _ = _stage_costs(profile, heavy, count, micro_batches, schedule, None, "full")   # two steps: cuts by time, then memory
-    cuts, bound = min_max_cuts(costs, count)
-    if not np.isfinite(bound): _infeasible(heavy, profile.backward_s, stages, micro_batches, schedule, memory, recompute)
-    first = replace(made(cuts), bound_s=bound if recompute != "greedy" or memory is None else 0.0)
+    near = lambda: omnibal_candidates(profile, count, radius, top, link)[0]
+    if method == "omnibal":                    # everything computed again while the cuts are chosen; what is not needed is dropped afterwards
+        again = (savings(heavy) > 0) & (profile.backward_s > 0) & (recompute == "full" or (recompute != "none" and memory is not None))
+        return made(min((replace(plain, cuts=c, recompute=again) for c in near()), key=_makespan).cuts)
+    together = chunks == 1 and recompute != "greedy"
+    rule = recompute if recompute != "greedy" else "full" if memory is not None else "none"
+    cuts, value = min_max_cuts(_stage_costs(profile, heavy, count, micro_batches, schedule, memory if together else None, rule), count)
+    if not np.isfinite(value): _infeasible(profile, heavy, stages, micro_batches, schedule, memory, recompute)
+    if together or memory is None: bound = value
+    first = made(cuts)
     if not refine or count == 1: return first
-    starts = [first, *(replace(p, bound_s=first.bound_s) for c in (anchor_cuts(profile.forward_s, count), plain.cuts) if (p := attempt(c)) is not None)]
-    if (2 * radius + 1)**(count - 1) <= 20_000 and recompute == "joint":
-        starts += [replace(p, bound_s=first.bound_s) for c in omnibal_candidates(profile, count, radius, top, link)[0] if (p := attempt(c)) is not None]
-    return _refine(starts, lambda c: None if (p := attempt(c)) is None else p.recompute)
+    return _refine([first, *(p for c in (anchor_cuts(profile.forward_s, count), plain.cuts, *near()) if (p := attempt(c)) is not None)], attempt)

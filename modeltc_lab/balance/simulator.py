@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['FORWARD', 'BACKWARD', 'INPUT', 'WEIGHT', 'OPS', 'SCHEDULES', 'CHUNKED', 'Array', 'KINDS', 'CAUSES', 'ScheduleError',
            'stage_homes', 'pipeline_order', 'in_flight', 'StageTimes', 'Link', 'Timeline', 'lower_bound',
-           'simulate_pipeline']
+           'simulate_pipeline', 'makespans', 'ClusterSim']
 
 # %% ../../nbs/balance/73a_simulator.ipynb #ae0080ff
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
+
+from .cost import CostModel, Hardware, ModelShape, hardware_of, model_shape
+
+if TYPE_CHECKING: from modeltc_lab.balance.schedule import StepSchedule
 
 # %% ../../nbs/balance/73a_simulator.ipynb #d929f9f3
 FORWARD, BACKWARD, INPUT, WEIGHT = 0, 1, 2, 3
@@ -272,10 +276,12 @@ class Timeline:
     ideal_s: float = 0.0       # all work, shared by all ranks without waiting
     bound_s: float = 0.0       # no order of these operations can be faster
     causes: dict[str, float] = field(default_factory=dict)  # seconds of the makespan above the ideal, by cause; they add up
+    worked_s: Array | None = None  # [ranks] seconds of computing; None: from the rows
 
     @property
     def busy_s(self) -> Array:
         "[ranks] seconds of computing, transfers left out."
+        if self.worked_s is not None: return self.worked_s
         works = ~np.isin(self.kind, [KINDS.index(k) for k in ("send", "allreduce", "exchange", "idle")])
         return np.bincount(self.rank[works], (self.end_s - self.start_s)[works], self.ranks)
 
@@ -426,3 +432,162 @@ def _timeline(order: NDArray[np.int64], home: NDArray[np.int64], times: tuple[Ar
     level = run(*(_mean_over(a, (0, 1, 2)) for a in times))
     causes = {"data": quiet - even, "stage": even - level, "bubble": level - ideal, "comm": finish - quiet}
     return Timeline(columns[0], columns[1], columns[2], columns[3], columns[4], columns[5], np.zeros(len(columns[0]), np.int64), data * ranks, finish, ideal, lower_bound(order, f, r, i, w), causes)
+
+# %% ../../nbs/balance/73a_simulator.ipynb #7d2caa5e
+def makespans(
+    plan: Any,                         # a PipelinePlan or `StageTimes`, or a pair (forward_s, backward_s); arrays may be [K, N, M, S]
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    link: Link = Link(),
+    allreduce_s: ArrayLike = 0.0,      # [S] or one number
+) -> Array:                            # [K] seconds
+    "The makespan of K steps, each of N data ranks, M micro-batches, S stages."
+    times, made_for = _times_of(plan)
+    names = ("forward_s", "backward_s", "recompute_s", "weight_s", "output_bytes")
+    arrays = {n: np.asarray(v, np.float64) for n in names if (v := getattr(times, n)) is not None}
+    k, data, micros, stages = np.broadcast_shapes((1, 1, 1, 1), *(a.shape for a in arrays.values()))
+    if micros == 1 and made_for: micros = made_for
+    flat = {n: np.broadcast_to(a, (k, data, micros, stages)).reshape(-1, micros, stages) for n, a in arrays.items()}
+    f, r, i, w, size = StageTimes(**flat).spread(micros)
+    if stages % chunks: raise ValueError(f"chunks={chunks}: need a divisor of the {stages} stages")
+    order, home = pipeline_order(schedule, stages // chunks, micros, chunks), stage_homes(schedule, stages // chunks, chunks)
+    finish = _finish(order, home, f, r, i, w, size / link.bytes_s, link.latency_s, link.blocking).reshape(k, data, -1)
+    sums = np.bincount(home, np.broadcast_to(np.asarray(allreduce_s, np.float64), (stages,)), len(order))
+    return (finish.max(1) + sums).max(1)
+
+# %% ../../nbs/balance/73a_simulator.ipynb #c24a01dc
+@dataclass(frozen=True)
+class ClusterSim:
+    "Devices that train with data, sequence, tensor and pipeline parallelism."
+
+    hardware: Hardware | str = "h100"
+    model: ModelShape | str = "llama3.1-8b"
+    world: int = 8                      # devices; the schedule is for world / (tp pp) of them
+    tp: int = 1                         # tensor-parallel ranks
+    pp: int = 1                         # pipeline ranks
+    cost: CostModel | None = None       # seconds of a pack on one device; None: counted
+    plan: Any = None                    # PipelinePlan of the stages; None: equal shares of the cost
+    order: str = "1f1b"                 # operations of a pipeline, one of `SCHEDULES`
+    chunks: int = 1                     # stages a rank
+    allreduce_s: float = 0.0            # gradients, at the end of a step
+    meet: Literal["step", "micro"] = "step"  # where data ranks wait for each other (pp=1)
+
+    def __post_init__(self) -> None:
+        for name in ("world", "tp", "pp", "chunks"):
+            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.world % (self.tp * self.pp): raise ValueError(f"world={self.world}: tp={self.tp} times pp={self.pp} does not divide it")
+        if (heads := model_shape(self.model).heads) % self.tp: raise ValueError(f"tp={self.tp}: does not divide the {heads} heads of the model")
+        if self.meet not in ("step", "micro"): raise ValueError(f"meet={self.meet!r}: need 'step' or 'micro'")
+        if self.plan is not None and self.plan.stages != self.pp * self.chunks: raise ValueError(f"plan: has {self.plan.stages} stages, pp={self.pp} with chunks={self.chunks} needs {self.pp * self.chunks}")
+
+    @property
+    def prices(self) -> CostModel:
+        "The cost model in use."
+        return self.cost or CostModel.analytic(self.model, self.hardware)
+
+    def tensor_s(
+        self,
+        tokens: ArrayLike,  # of a pack, on one sequence-parallel rank
+    ) -> Array:
+        "Seconds of the all-reduces of tensor parallelism, forward and backward."
+        if self.tp == 1: return np.zeros(np.shape(tokens))
+        m, h, t = model_shape(self.model), hardware_of(self.hardware), np.asarray(tokens, np.float64)
+        speed = (h.link_bytes_s if self.tp <= h.ranks_per_node else h.network_bytes_s) * h.link_efficiency
+        return 4.0 * m.layers * (h.link_latency_s + 2 * (self.tp - 1) / self.tp * 2.0 * t * m.hidden / speed) * (t > 0)
+
+    def packs(
+        self,
+        schedule: "StepSchedule",
+        g: int,                     # a group of it
+    ) -> dict[str, Array]:          # by pack, the last one empty
+        "Seconds of each pack of a group on one rank (forward and backward, recomputation, exchange), and its sizes."
+        plan, spec, c = schedule.plans[g], schedule.groups[g], self.prices
+        sizes = {n: np.append(v, 0).astype(np.float64) for n, v in (("tokens", plan.tokens), ("squares", plan.squares), ("docs", plan.docs), ("tiles", plan.totals[:, 0] if plan.totals.shape[1] > 1 else 0 * plan.tokens))}
+        part = c.explain(sizes["tokens"], sizes["squares"], sizes["docs"], spec.sp, spec.gc_layers, sizes["tiles"])
+        again, exchange = part["recompute"] / self.tp, part["exchange"] + self.tensor_s(sizes["tokens"] / spec.sp)
+        return sizes | {"again": again, "exchange": exchange, "work": (part["weights"] + part["attention"] + part["documents"] + part["step"]) / self.tp}
+
+    def _check(self, schedule: "StepSchedule") -> None:
+        "The schedule must be for these data ranks."
+        need = self.world // (self.tp * self.pp)
+        if schedule.world != need: raise ValueError(f"schedule: made for world={schedule.world}, but world={self.world} devices with tp={self.tp}, pp={self.pp} leave {need} ranks; make it with world={need}")
+
+    def run(
+        self,
+        schedule: "StepSchedule",
+        rows: bool = True,          # a row for every rank, step and kind of work? (figures need none)
+    ) -> Timeline:                  # ranks: data and sequence-parallel ranks times pipeline ranks
+        "Carry out all steps."
+        self._check(schedule)
+        return self._flat(schedule, rows) if self.pp == 1 else self._pipelines(schedule, rows)
+
+    def _flat(self, schedule: "StepSchedule", rows: bool) -> Timeline:
+        "Data and sequence parallelism: compute, exchange, wait."
+        steps, world, parts = schedule.steps, schedule.world, schedule.accumulate if self.meet == "micro" else 1
+        work, talk = np.zeros((steps, parts, world)), np.zeros((steps, parts, world))
+        for g, spec in enumerate(schedule.groups):
+            v, packs = self.packs(schedule, g), schedule.of_group(g)                    # (steps, accumulate, ranks)
+            for out, x in ((work, v["work"] + v["again"]), (talk, v["exchange"])):
+                s = x[packs] if parts > 1 else x[packs].sum(1, keepdims=True)
+                out[schedule.group == g] = np.repeat(s, spec.sp, 2)
+        longest = (work + talk).max(2)                                                  # (steps, parts)
+        pause = np.zeros_like(longest)
+        pause[:, -1] = self.allreduce_s
+        begin = np.r_[0.0, np.cumsum(longest + pause)[:-1]].reshape(longest.shape)[:, :, None]
+        makespan, ideal, comm = float((longest + pause).sum()), float(work.sum() / world), float(talk.sum() / world + pause.sum())
+        columns = [np.zeros(0)] * 2 + [np.zeros(0, np.int64)] * 5
+        if rows:
+            at = np.broadcast_to(np.arange(world), work.shape)
+            step, part = (np.broadcast_to(np.arange(n).reshape(shape), work.shape) for n, shape in ((steps, (-1, 1, 1)), (parts, (1, -1, 1))))
+            parts_ = [(begin, begin + work, "compute", work > 0), (begin + work, begin + work + talk, "exchange", talk > 0)]
+            end = np.broadcast_to((begin[:, :, 0] + longest)[:, :, None], work.shape)
+            if self.allreduce_s: parts_.append((end, end + pause[:, :, None], "allreduce", np.broadcast_to(pause[:, :, None] > 0, work.shape)))
+            full = [(np.broadcast_to(a, work.shape)[m], np.broadcast_to(b, work.shape)[m], at[m], np.full(int(m.sum()), KINDS.index(k)), np.full(int(m.sum()), -1), part[m] if parts > 1 else np.full(int(m.sum()), -1), step[m]) for a, b, k, m in parts_]
+            columns = [np.concatenate([f[j] for f in full]) for j in range(7)]
+        return Timeline(*columns, world, makespan, ideal, ideal, {"data": makespan - ideal - comm, "stage": 0.0, "bubble": 0.0, "comm": comm}, work.sum((0, 1)))
+
+    def stage_times(
+        self,
+        schedule: "StepSchedule",
+        g: int,                   # group
+        packs: NDArray[np.int64],  # [..., M, N] packs of some steps
+        exchange: bool = True,    # with sequence- and tensor-parallel transfers?
+    ) -> StageTimes:              # arrays [..., N, M, S]
+        "Stage times of the packs of a group: of the plan, or equal shares of the cost."
+        v, spec, packs = self.packs(schedule, g), schedule.groups[g], np.swapaxes(packs, -1, -2)
+        talk = v["exchange"][packs][..., None] / (self.pp * self.chunks) * exchange
+        if self.plan is None:
+            work, again = (v[n][packs][..., None] / (self.pp * self.chunks) * np.ones(self.pp * self.chunks) for n in ("work", "again"))
+            return StageTimes(work / 3 + talk / 2, 2 * work / 3 + talk / 2, again)
+        t = self.plan.times_for(v["tiles"][packs] / spec.sp, v["tokens"][packs] / spec.sp, v["squares"][packs] / spec.sp)
+        return replace(t, forward_s=np.asarray(t.forward_s) + talk / 2, backward_s=np.asarray(t.backward_s) + talk / 2)
+
+    def _pipelines(self, schedule: "StepSchedule", rows: bool) -> Timeline:
+        "A pipeline a data rank, one step after the other."
+        link, clock, sums, busy = self._link(), 0.0, dict.fromkeys(CAUSES, 0.0), np.zeros(schedule.world * self.pp)
+        ideal, bound, out = 0.0, 0.0, []
+        for s in range(schedule.steps):
+            g, packs = schedule.step(s)
+            sp = schedule.groups[g].sp
+            t = simulate_pipeline(self.stage_times(schedule, g, packs), schedule=self.order, chunks=self.chunks, link=link, allreduce_s=self.allreduce_s)
+            causes, own = dict(t.causes), t.ideal_s
+            if schedule.groups[g].sp > 1 or self.tp > 1:                                # transfers inside a stage are not work
+                bare = simulate_pipeline(self.stage_times(schedule, g, packs, exchange=False), schedule=self.order, chunks=self.chunks)
+                causes, own = bare.causes | {"comm": t.makespan_s - bare.makespan_s}, bare.ideal_s
+                worked = bare.busy_s
+            else: worked = t.busy_s
+            for k, x in causes.items(): sums[k] += x
+            devices = (np.arange(packs.shape[1])[:, None, None] * sp + np.arange(sp)[:, None]) * self.pp + np.arange(self.pp)   # [N, sp, P]
+            busy[devices] += worked.reshape(-1, 1, self.pp)
+            if rows:
+                who = devices[t.rank // self.pp, :, t.rank % self.pp]                   # [n, sp]
+                out.append([np.repeat(x, sp) for x in (t.start_s + clock, t.end_s + clock)] + [who.ravel()] + [np.repeat(x, sp) for x in (t.kind, t.stage, t.micro)] + [np.full(who.size, s)])
+            clock, ideal, bound = clock + t.makespan_s, ideal + own, bound + t.bound_s
+        columns = [np.concatenate([o[j] for o in out]) for j in range(7)] if out else [np.zeros(0)] * 2 + [np.zeros(0, np.int64)] * 5
+        return Timeline(*columns, schedule.world * self.pp, clock, ideal, bound, sums, busy)
+
+    def _link(self) -> Link:
+        "Between pipeline ranks: over the network, where the devices of a stage fill a node."
+        h = hardware_of(self.hardware)
+        inside = self.tp * self.pp <= h.ranks_per_node
+        return Link(h.link_latency_s, (h.link_bytes_s if inside else h.network_bytes_s) * h.link_efficiency)
