@@ -273,7 +273,7 @@ def schedule(
     slots = np.array([accumulate * (world // g.sp) for g in groups], np.int64)
     offsets = np.concatenate([[0], np.cumsum(slots[which])]).astype(np.int64)
     packs = np.empty(offsets[-1], np.int64)
-    for g, r in enumerate(rows): packs[offsets[:-1][which == g][:, None] + np.arange(slots[g])] = r.reshape(len(r), -1)
+    for g, r in enumerate(rows): packs[offsets[:-1][which == g][:, None] + np.arange(slots[g])] = r.reshape(len(r), slots[g])
     return StepSchedule(plans, groups, world, accumulate, which, offsets, packs, Recipe(balance, key, curriculum_steps, seed, epoch, cost))
 
 # %% ../../nbs/balance/71c_schedule.ipynb #98f365fe
