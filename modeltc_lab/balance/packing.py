@@ -294,7 +294,7 @@ def tree_above(
         at >>= 5
     return -1
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a014
+# %% ../../nbs/balance/71_packing.ipynb #7100a034
 @njit(cache=True)
 def _descending(lengths: IntArray, capacity: int) -> IntArray:
     "Documents by falling length; equal lengths keep their order."
@@ -365,7 +365,7 @@ def _next_fit(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
         pack_of[j] = packs - 1
     return pack_of, packs
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a020
+# %% ../../nbs/balance/71_packing.ipynb #7100a036
 @njit(cache=True)
 def _sample(pool: IntArray, lengths: IntArray, capacity: int, accept: int, pack_of: IntArray, packs: int) -> tuple[int, int]:
     "One round over a shuffled pool: groups of at least `accept` tokens become packs, the others move to the front of the pool. Packs so far, documents left."
@@ -383,15 +383,16 @@ def _sample(pool: IntArray, lengths: IntArray, capacity: int, accept: int, pack_
     return packs, left
 
 
-def _isf(lengths: IntArray, capacity: int, rounds: int, seed: int, stop: float = 1e-3) -> tuple[IntArray, int]:
+def _isf(lengths: IntArray, capacity: int, rounds: int, seed: int, stop: float = 1e-3, patience: int = 5) -> tuple[IntArray, int]:
     "Iterative sampling and filtering of one resource: pack of each document, and how many packs (omnibal.md 2.2)."
     rng, pool, pack_of, packs = np.random.default_rng(seed), np.arange(len(lengths)), np.empty(len(lengths), np.int64), 0
-    accept = capacity - min(128, capacity // 32)
+    accept, poor = capacity - min(128, capacity // 32), 0
     for r in range(rounds):
         rng.shuffle(pool)
         before, (packs, left) = len(pool), _sample(pool, lengths, capacity, accept, pack_of, packs)
         pool = pool[:left]
-        if before - left < stop * before: break
+        poor = poor + 1 if before - left < stop * before else 0
+        if poor == patience or not left: break
     rng.shuffle(pool)
     packs, _ = _sample(pool, lengths, capacity, 0, pack_of, packs)
     return pack_of, packs
