@@ -471,7 +471,7 @@ def search_limits(
     weights: Sequence[float] = (TILE_COST, 1.0),  # cost of a tile and of a token
     rounds: int = 50,                             # of isf
     seed: int = 0,                                # of shuffles and order
-    at_most: int = 100_000,                       # samples looked at; of a longer list a random part
+    at_most: int = 50_000,                        # samples looked at; of a longer list a random part
 ) -> Limits:
     "Limits of a pack that suit the data (omnibal.md 2.2)."
     sizes = check_sizes(features, "features")
