@@ -209,7 +209,7 @@ def interleave(
         out.append(pattern)
     return np.concatenate(out)
 
-# %% ../../nbs/balance/71c_schedule.ipynb #bbe449aa
+# %% ../../nbs/balance/71c_schedule.ipynb #11056c8e
 def _key(plan: PackPlan, seconds: FloatArray, key: str) -> FloatArray:
     "What packs are sorted by, the entry of an empty pack last."
     if key == "cost": return seconds
