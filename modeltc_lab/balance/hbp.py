@@ -67,7 +67,7 @@ def _fill(rooms: IntArray, visit: IntArray, below: int, tree: IntArray, first: I
             n += 1
     return n
 
-# %% ../../nbs/balance/72_hbp.ipynb #cc127b2e
+# %% ../../nbs/balance/72_hbp.ipynb #b205be6e
 def hierarchical_pack(
     lengths: ArrayLike,                    # (n,) tokens of each document
     groups: Sequence[GroupSpec | int],     # lengths of the groups, with how they are run
@@ -94,17 +94,19 @@ def hierarchical_pack(
     for i in range(len(specs) - 1, -1, -1):
         mine = np.flatnonzero((where == i) & free) if len(specs) > 1 else np.arange(len(sizes))
         packed = pack(sizes[mine], specs[i].length, method, seed) if len(mine) else PackPlan.build([], [0], np.zeros((0, 1)), (specs[i].length,))
-        pack_of, items = np.repeat(np.arange(packed.packs), packed.docs), mine[packed.item_ids]
+        filled = np.zeros(0, np.int64)
         if fill != "none" and i:
-            rooms, below = specs[i].length - packed.tokens, specs[i - 1].length
-            visit = np.argsort(rooms, kind="stable") if fill == "shortest_room" else np.arange(packed.packs)
-            more = (np.empty(int(held[:i].sum()), np.int64), np.empty(int(held[:i].sum()), np.int64))
-            n = _fill(rooms, visit, below, tree, first, order, *more)
-            free[more[1][:n]] = False
-            pack_of, items = np.concatenate([pack_of, more[0][:n]]), np.concatenate([items, more[1][:n]])
+            rooms, most = specs[i].length - packed.tokens, int(held[:i].sum())
+            into, filled = np.empty(most, np.int64), np.empty(most, np.int64)
+            n = _fill(rooms, np.argsort(rooms, kind="stable") if fill == "shortest_room" else np.arange(packed.packs), specs[i - 1].length, tree, first, order, into, filled)
+            into, filled = into[:n], filled[:n]
+            free[filled] = False
+        items, offsets = mine[packed.item_ids], packed.offsets
+        if len(filled):
+            more = PackPlan.from_assignment(np.concatenate([np.repeat(np.arange(packed.packs), packed.docs), into]), np.zeros((len(items) + n, 1)), (1,), np.concatenate([items, filled]), packs=packed.packs)
+            items, offsets = more.item_ids, more.offsets
         documents = items if ids is None else ids[items]
-        plans.append(PackPlan.from_assignment(pack_of, sizes[items], (specs[i].length,), documents, dropped if i == len(specs) - 1 else (), None if starts is None else starts[items],
-                                              cut and bool((sizes[items] != a[documents]).any()), packed.packs))
+        plans.append(PackPlan.build(documents, offsets, sizes[items], (specs[i].length,), None if starts is None else starts[items], dropped if i == len(specs) - 1 else (), cut and bool((sizes[items] != a[documents]).any())))
     return tuple(plans[::-1])
 
 # %% ../../nbs/balance/72_hbp.ipynb #ed83e341
