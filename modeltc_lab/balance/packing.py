@@ -294,7 +294,7 @@ def tree_above(
         at >>= 5
     return -1
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a034
+# %% ../../nbs/balance/71_packing.ipynb #7100a014
 @njit(cache=True)
 def _descending(lengths: IntArray, capacity: int) -> IntArray:
     "Documents by falling length; equal lengths keep their order."
@@ -321,16 +321,17 @@ def _bfd(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
     pack_of, packs = np.empty(len(lengths), np.int64), 0
     newest = np.full(capacity + 1, -1, np.int64)                          # of the packs with this room
     older = np.empty(_most_packs(lengths, capacity), np.int64)            # the next in the chain of the same room
-    rooms = count_tree(capacity)
-    for j in _descending(lengths, capacity):
-        room = tree_above(rooms, lengths[j])
+    rooms, order, i = count_tree(capacity), _descending(lengths, capacity), 0
+    while i < len(order):
+        length = lengths[order[i]]
+        room = tree_above(rooms, length)
         if room < 0: p, room, packs = packs, capacity, packs + 1
         else:
             p = newest[room]
             newest[room] = older[p]
             tree_add(rooms, room, -1)
-        room -= lengths[j]
-        pack_of[j] = p
+        while room >= length and i < len(order) and lengths[order[i]] == length:   # what is left is the smallest room again
+            pack_of[order[i]], room, i = p, room - length, i + 1
         older[p], newest[room] = newest[room], p
         if room: tree_add(rooms, room, 1)
     return pack_of, packs
