@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/balance/75_parallel.ipynb #8522d91e
 BACKENDS = ("gloo", "nccl")
-_FOLDER = "MODELTC_LAB_RANKS"  # environment variable: the folder through which ranks and the process that started them talk
+_FOLDER = "MODELTC_RANKS_FOLDER"  # environment variable: the folder through which ranks and the process that started them talk
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Read error", "Write error", "NCCL communicator was aborted", "remote process exited")
 _LATE = ("Timed out", "timed out", "timeout", "Timeout")
 
@@ -79,7 +79,7 @@ def _environment(rank: int, ranks: int, folder: Path, backend: str, threads: int
     except metadata.PackageNotFoundError: paths.append(str(Path(sys.modules["modeltc_lab"].__path__[0]).parent))
     more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0,
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": 1, "PYTHONFAULTHANDLER": 1, "TOKENIZERS_PARALLELISM": "false",
-            _FOLDER: folder, "MODELTC_LAB_BACKEND_OF_RANKS": backend, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
+            _FOLDER: folder, "MODELTC_RANKS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     local = {name: "lo" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} if sys.platform == "linux" else {}
     return {**local, **os.environ, **{k: str(v) for k, v in more.items()}}
 
@@ -200,7 +200,7 @@ def init(
     if "RANK" not in os.environ: raise ValueError("init(): this process is no rank (RANK is not set); start the module with run_ranks or torchrun")
     from datetime import timedelta
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    backend = backend or os.environ.get("MODELTC_LAB_BACKEND_OF_RANKS") or ("nccl" if torch.cuda.is_available() else "gloo")
+    backend = backend or os.environ.get("MODELTC_RANKS_BACKEND") or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend not in BACKENDS: raise ValueError(f"backend={backend!r}: need one of {', '.join(BACKENDS)}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
