@@ -336,18 +336,21 @@ def _bfd(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
         if room: tree_add(rooms, room, 1)
     return pack_of, packs
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a017
+# %% ../../nbs/balance/71_packing.ipynb #7100a006
 @njit(cache=True)
 def _ffd(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
     "First fit decreasing: pack of each document, and how many packs."
     pack_of, packs, leaves = np.empty(len(lengths), np.int64), 0, 1
     while leaves < _most_packs(lengths, capacity): leaves *= 2
     room = np.full(2 * leaves, capacity, np.int64)       # of the packs (behind `leaves`) and the largest below each node
-    for j in _descending(lengths, capacity):
-        node = 1
-        while node < leaves: node = 2 * node if room[2 * node] >= lengths[j] else 2 * node + 1
-        pack_of[j], packs = node - leaves, max(packs, node - leaves + 1)
-        room[node] -= lengths[j]
+    order, i = _descending(lengths, capacity), 0
+    while i < len(order):
+        node, length = 1, lengths[order[i]]
+        while node < leaves: node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        packs = max(packs, node - leaves + 1)
+        while room[node] >= length and i < len(order) and lengths[order[i]] == length:       # still the first that fits
+            pack_of[order[i]], i = node - leaves, i + 1
+            room[node] -= length
         while node > 1:
             node >>= 1
             most = max(room[2 * node], room[2 * node + 1])
