@@ -676,7 +676,12 @@ class PipelinePlan:
         try: d = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as e: raise ValueError(f"{path}: no JSON ({e}); need a file written by PipelinePlan.save") from e
         if not isinstance(d, dict) or {f.name for f in fields(cls)} - set(d): raise ValueError(f"{path}: not a plan; need a file written by PipelinePlan.save")
-        return cls(**d | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
+        return cls.from_dict(d)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "PipelinePlan":
+        "The plan of `to_dict`."
+        return cls(**dict(d) | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
                           "memory_bytes": None if d["memory_bytes"] is None else np.array(d["memory_bytes"], np.float64), "link": Link(**d["link"] | {"bytes_s": d["link"]["bytes_s"] or float("inf")})})
 
 
