@@ -24,6 +24,7 @@ import triton  # noqa: E402
 import triton.backends.nvidia as nvidia  # noqa: E402
 from modeltc_kernels import constrained as cd  # noqa: E402
 from modeltc_kernels import paged_decode as pd  # noqa: E402
+from modeltc_kernels import varlen_attention as va  # noqa: E402
 from rows import row, save  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -92,6 +93,28 @@ for k in (2, 32, 64):
     CONSTRAINED[f"constrained masked_topk_sample k={k}, 64 pieces"] = constrained("masked_topk_sample", BLOCK=64 * k, K_PAD=k)
 VARIANTS |= CONSTRAINED
 
+VA = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*{t}") | dict.fromkeys(("lse_ptr", "grad_lse_ptr", "delta_ptr"), "*fp32") | dict(work_ptr="*i32", factor="fp32", scale="fp32")
+
+
+def varlen(name, kind="bf16", e=128, group=4, big=True, causal=True, persistent=False):
+    "A kernel of the varlen attention family as the launcher would build it."
+    fn, const = {"fwd": va.varlen_attention_fwd_kernel, "dq": va.varlen_attention_bwd_dq_kernel, "dkv": va.varlen_attention_bwd_dkv_kernel, "delta": va.varlen_attention_bwd_delta_kernel}[name], dict(E=e, E_PAD=va.padded(e), UPCAST=False)
+    if name == "delta": const, options = {**const, "BLOCK_M": 128, "LSE": True}, dict(num_warps=4)
+    else:
+        chosen = va.launch_options(name, LOGITS[kind], group, big)
+        options = {k: chosen.pop(k) for k in ("num_warps", "num_stages")}
+        const |= dict(KIND=(va.KV_BIG if name == "dkv" else va.Q_BIG) + (not big), CAUSAL=causal, GROUP=group, **chosen, **({} if name == "dkv" else dict(PERSISTENT=persistent)))
+    return fn, {k: VA.get(k, "i32").format(t=kind) for k in fn.arg_names if k not in const}, const, options
+
+
+VARLEN = {f"varlen_attention {name} {kind} e={e} GQA {group} " + ("large" if big else "small") + ("" if causal else " not causal"): varlen(name, kind, e, group, big, causal)
+          for kind, e, group, causal in (("bf16", 128, 4, True), ("bf16", 128, 8, True), ("bf16", 128, 7, True), ("bf16", 64, 3, True), ("bf16", 96, 1, True), ("bf16", 128, 1, False), ("fp32", 128, 4, True))
+          for name in ("fwd", "dq", "dkv") for big in (True, False)}
+VARLEN |= {f"varlen_attention {name} bf16 e=128 GQA 4 " + ("large" if big else "small") + " persistent": varlen(name, big=big, persistent=True) for name in ("fwd", "dq") for big in (True, False)}
+VARLEN |= {f"varlen_attention {name} fp16 e=128 GQA 4 large": varlen(name, "fp16") for name in ("fwd", "dq", "dkv")}
+VARLEN |= {f"varlen_attention delta {kind} e=128": varlen("delta", kind) for kind in ("bf16", "fp32")}
+VARIANTS |= VARLEN
+
 
 def compile_variant(fn, signature, const, options):
     "To a cubin for sm_90; pointers, strides and columns are assumed to be multiples of 16, as those of real tensors are; page tables and masks are as wide as they come."
@@ -145,7 +168,7 @@ def main():
     else:
         for name, r in found.items(): print(f"{name:48s}" + "".join(f"  {k} {v}" for k, v in r.items()))
     if args.write:
-        for family in ("paged_decode", "constrained"):
+        for family in ("paged_decode", "constrained", "varlen_attention"):
             rows = [row(f"{family}_resources", name, metric, UNITS[metric], [value], device=DEVICE) for name, r in found.items() if name.startswith(family) for metric, value in r.items()]
             print(f"{len(rows)} records in {save(rows)}", file=sys.stderr)
     print(f"{len(found) - len(bad)} kernels compiled for {ARCH} with triton {triton.__version__} within their limits, {len(bad)} not", file=sys.stderr if args.json else sys.stdout)

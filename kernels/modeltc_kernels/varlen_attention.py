@@ -18,7 +18,7 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernel; the references take float64 too
-MAX_GROUP = 32   # query heads that share a KV head
+MAX_GROUP = 16   # query heads that share a KV head
 MAX_HEAD = 128   # head size
 SHORT = 256      # tokens; documents below get tiles of half the rows
 Q_BIG, Q_SMALL, KV_BIG, KV_SMALL = range(4)  # the four lists: tiles of queries and of keys, large and small
@@ -347,8 +347,8 @@ def varlen_attention_bwd_dkv_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delt
 
 
 def rows(dtype: torch.dtype) -> tuple[int, int]:
-    "Rows of a large and a small tile. Full-precision products take the registers of twice as many."
-    return (64, 32) if dtype == torch.float32 else (128, 64)
+    "Rows of a large and a small tile. Full-precision products do not use the matrix units and take far more registers."
+    return (32, 16) if dtype == torch.float32 else (128, 64)
 
 
 def tile_sizes(dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
@@ -357,16 +357,18 @@ def tile_sizes(dtype: torch.dtype, group: int) -> tuple[int, int, int, int]:
     return big // group, small // group, big, small
 
 
-def launch_options(kernel: str, dtype: torch.dtype, big: bool = True) -> dict:
+def launch_options(kernel: str, dtype: torch.dtype, group: int = 1, big: bool = True) -> dict:
     """Blocks, warps and pipeline stages of `kernel` (fwd, dq, dkv), none of which spills on sm_90 (the compile check looks).
 
-    Large tiles want few loads for each product, small ones that several programs share a processor. Keys and values take so
-    many registers for their two sums that their queries come 32 rows at a time, and that a small tile has one loop, always masked.
+    Large tiles want few loads for each product, small ones that several programs share a processor. The two sums of keys and
+    values take so many registers that queries meet them 32 rows at a time or 16, and that a small tile has one loop, always masked.
     """
-    tile = rows(dtype)[0 if big else 1]
-    if dtype == torch.float32: block, options = 32, dict(IEEE=True, num_warps=8, num_stages=1)
-    else: block, options = 64 if big and kernel != "dkv" else 32, dict(IEEE=False, num_warps=8 if big else 4, num_stages=3 if kernel == "fwd" else 2)
-    return dict(BLOCK_M=block, BLOCK_N=tile, SPLIT=big, **options) if kernel == "dkv" else dict(BLOCK_M=tile, BLOCK_N=block, **options)
+    tile, warps = rows(dtype)[0 if big else 1], 8 if big else 4
+    if dtype == torch.float32: block, options = 16, dict(IEEE=True, num_warps=warps, num_stages=1)
+    else: block, options = 64 if big else 32, dict(IEEE=False, num_warps=warps, num_stages=3 if kernel == "fwd" else 2)
+    if kernel != "dkv": return dict(BLOCK_M=tile, BLOCK_N=block, **options)
+    tight = group & (group - 1) != 0 or (group > 4 and not big)
+    return dict(BLOCK_M=16 if tight else min(block, 32), BLOCK_N=tile, SPLIT=big, **options)
 
 
 def padded(e: int) -> int:
@@ -494,7 +496,7 @@ def _launch(kernel, name: str, most: list[int], exact: bool, q: Tensor, hk: int,
     for kind in (KV_BIG, KV_SMALL) if name == "dkv" else (Q_BIG, Q_SMALL):
         big, programs = kind in (Q_BIG, KV_BIG), most[kind] * hk
         if programs == 0: continue
-        options = launch_options(name, q.dtype, big)
+        options = launch_options(name, q.dtype, q.shape[1] // hk, big)
         if name != "dkv":
             options["PERSISTENT"] = not exact
             if not exact: programs = min(programs, RESIDENT["big" if big else "small"] * (torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1))
