@@ -444,10 +444,11 @@ def fit_cost(
     if not scale.all() or np.linalg.matrix_rank(x[train] / scale, tol=1e-5) < len(columns):
         raise ValueError(f"records: {', '.join(columns)} cannot be told apart; measure packs whose tokens, squares and documents vary independently (one long document, many short ones, half-filled packs)")
     prices = dict(zip(columns, nnls(x[train] / scale, np.ones(len(train)))[0] / scale))
-    link = prices.pop("link_s", 0.0)
-    model = _unit(known, **prices, **({"link_bytes_s": 1 / link, "network_bytes_s": 1 / link} if link else {}))
-    error = float(np.median(relative_errors(model, [rows[i] for i in test])))
+    error = float(np.median(np.abs(x[test] @ np.array(list(prices.values())) - 1)))
     if error > maximum_error:
         raise ValueError(f"records: median relative error {error:.1%} on {len(test)} held-out steps, above maximum_error={maximum_error:.0%}; measure more steps, processor time instead of wall time on a shared machine, "
                          "or packs like those to be planned; a plan made with this model would balance the wrong thing")
+    if not any(prices.get(n) for n in ("token_s", "square_s", "tile_s")): raise ValueError("records: seconds do not grow with tokens, squares or tiles; measure larger packs, whose work outweighs what every step costs")
+    link = prices.pop("link_s", 0.0)
+    model = _unit(known, **prices, **({"link_bytes_s": 1 / link, "network_bytes_s": 1 / link} if link else {}))
     return replace(model, error=error, source=f"fitted to {len(train)} steps, {len(test)} held out" + (f", {source}" if source else ""))

@@ -136,14 +136,14 @@ def min_checkpoint_layers(
     "The fewest checkpointed layers with which a pack fits (Algorithm 4)."
     spare = memory_margin * profiler.memory_bytes
     free = lambda c: profiler.free(length, sp, c) - spare
-    high, m2 = profiler.layers, free(profiler.layers)
+    low, m1, high, m2 = 0, free(0), profiler.layers, free(profiler.layers)
+    if m1 >= 0: return 0
+    if m2 >= 0:
+        while m1 == -math.inf and low < high: low = (low + high + 1) // 2; m1 = free(low)
+        if low == high: return high
+    if m1 > -math.inf and m2 <= m1: raise ValueError(f"length={length}, sp={sp}: free memory went from {m1:.3g} bytes with {low} to {m2:.3g} bytes with {high} checkpointed layers, margin taken off; checkpointing must free memory, check the profiler")
     if m2 < 0: return None
-    low, m1 = 0, free(0)
-    while m1 == -math.inf and low < high: low = (low + high + 1) // 2; m1 = free(low)
-    if low == high: return high
-    if low == 0 and m1 >= 0: return 0
     slope = (m2 - m1) / (high - low)
-    if not slope > 0: raise ValueError(f"length={length}, sp={sp}: free memory went from {m1:.3g} bytes with {low} to {m2:.3g} bytes with {high} checkpointed layers; checkpointing must free memory, check the profiler")
     c = min(max(math.ceil(high - m2 / slope), 0), high)
     while c < high and free(c) < 0: c += 1
     while c > 0 and free(c - 1) >= 0: c -= 1

@@ -281,7 +281,7 @@ def cost_fit(
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = "0.5b" if device == "cuda" else "small" if full else "tiny"
-    capacity, packs = capacity or (16384 if device == "cuda" else 2048), packs or (160 if full else 48)
+    capacity, packs = capacity or (16384 if device == "cuda" else 2048 if full else 1024), packs or (96 if full else 32)
     shorten = 131072 // capacity
     lengths = np.maximum(long_context_mix(200 * packs, 2 * packs, 0) // shorten, 4)
     profiler = TorchProfiler(small_llama(size, device), memory_bytes=0.0 if device == "cuda" else 8e9, repeats=3, warmup=1)
