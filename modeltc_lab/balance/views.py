@@ -9,8 +9,8 @@ __all__ = ['SHORT', 'LONG', 'CAPACITIES', 'STRIPS', 'CELLS', 'HUES', 'ORDERS', '
            'groups_of', 'packed', 'strips', 'plan_figure', 'packing_bench', 'packing_bench_widget',
            'packing_bench_twin', 'schedule_figure', 'rank_timeline', 'rank_timeline_widget', 'rank_timeline_twin',
            'strategy_map', 'strategy_map_widget', 'strategy_map_twin', 'group_builder', 'group_builder_widget',
-           'group_builder_twin', 'pipeline_gantt', 'pipeline_gantt_widget', 'pipeline_gantt_twin', 'memory_ladder',
-           'memory_ladder_widget', 'memory_ladder_twin']
+           'group_builder_twin', 'pipeline_figure', 'pipeline_gantt', 'pipeline_gantt_widget', 'pipeline_gantt_twin',
+           'memory_figure', 'memory_ladder', 'memory_ladder_widget', 'memory_ladder_twin']
 
 # %% ../../nbs/balance/79_views.ipynb #358131ed
 from collections.abc import Callable, Sequence
@@ -131,7 +131,7 @@ def plan_figure(
         fig.add_trace(go.Bar(x=(edges[:-1] + edges[1:]) / 2, y=share, name=" " if p is None else f"packs of {p.capacity:,}", showlegend=p is not None and len(shown) > 1,
                              marker=dict(color=viz.PALETTE[0 if i == len(shown) - 1 else 1]), hovertemplate="%{y:.1f} % of the packs"), 1, 2)
     found = {order: metrics(s, cost) for order, s in runs.items()}
-    rows = [[viz.style(order).label, f"{m['abr']:.3f}", f"{m['dbr']:.3f}", f"{100 * m['idle']:.1f} %"] for order, m in found.items()]
+    rows = [[viz.METHODS[order].label if order in viz.METHODS else order, f"{m['abr']:.3f}", f"{m['dbr']:.3f}", f"{100 * m['idle']:.1f} %"] for order, m in found.items()]
     fig.add_trace(go.Table(name="metrics", columnwidth=[2, 1, 1, 1], header=dict(values=["order", "ABR", "DBR", "idle"], align="left", fill=dict(color="rgba(128,128,128,0.22)"), font=dict(size=12), height=24),
                            cells=dict(values=[list(c) for c in zip(*rows)], align="left", fill=dict(color="rgba(128,128,128,0.10)"), font=dict(size=12), height=24)), 2, 2)
     fig.update_layout(title=title, height=520, bargap=0.05, barmode="overlay")
@@ -366,7 +366,7 @@ def group_builder_twin() -> viz.Twin:
 
 # %% ../../nbs/balance/79_views.ipynb #ac493bae
 PIPE_MODELS, PIPE_TILES, PIPE_TOKENS = ("internvl-6b-20b", "internvl-6b-34b", "internvl-0.3b-7b"), 9, 4096
-PIPE_COLORS = {"forward": viz.PALETTE[0], "backward": viz.PALETTE[2], "recompute": viz.PALETTE[1], "input gradient": viz.PALETTE[4], "weight gradient": viz.PALETTE[3], "send": "#888888"}
+PIPE_COLORS = {"forward": viz.PALETTE[0], "backward": viz.PALETTE[2], "recompute": viz.PALETTE[1], "input gradient": viz.PALETTE[4], "weight gradient": viz.PALETTE[3]}
 PARTITIONS = {"equal layer counts": "uniform", "equal parameters": "parameters", "OmniBal": "omnibal", "exact": "dp"}
 SCHEDULES_SHOWN = ("gpipe", "1f1b", "zb-h1")
 
@@ -385,6 +385,28 @@ def _cut(model: str, stages: int, micros: int, method: str, cuts: tuple[int, ...
     return replace(plan, cuts=np.array([0, *cuts, layers]), recompute=np.zeros(layers, bool))
 
 
+def pipeline_figure(
+    plan: PipelinePlan,  # cuts of a model
+    title: str = "",     # above the figure
+) -> go.Figure:          # layers with their stages, and the step
+    "The layers of a model coloured by stage, and what every rank does in a step."
+    p, t = plan.profile, plan.simulate()
+    fig = make_subplots(rows=2, cols=1, row_heights=[0.34, 0.66], vertical_spacing=0.17)
+    stage = np.repeat(np.arange(plan.stages), np.diff(plan.cuts))
+    fig.add_trace(go.Bar(x=np.arange(len(p)), y=1e3 * (p.forward_s + p.backward_s), width=1.0, name="layers", showlegend=False, marker=dict(color=[viz.PALETTE[s % len(viz.PALETTE)] for s in stage], line=dict(width=0)), text=list(p.names), textposition="none",
+                         hovertemplate="%{text}: %{y:.1f} ms"), 1, 1)
+    for cut in plan.cuts[1:-1]: fig.add_vline(x=cut - 0.5, line=dict(color="#888888", width=2, dash="dot"), row=1, col=1)
+    kind, width = np.array(KINDS)[t.kind], t.end_s - t.start_s
+    for name, color in PIPE_COLORS.items():
+        mine = kind == name
+        fig.add_trace(go.Bar(y=t.rank[mine], x=1e3 * width[mine], base=1e3 * t.start_s[mine], orientation="h", name=name, showlegend=bool(mine.any()), marker=dict(color=color, line=dict(width=0.5, color="rgba(255,255,255,0.8)")), customdata=t.micro[mine],
+                             hovertemplate="micro-batch %{customdata}: %{x:.0f} ms"), 2, 1)
+    fig.update_layout(title=title, height=560, barmode="overlay", bargap=0.15)
+    fig.update_xaxes(title_text="layer, coloured by stage", row=1, col=1).update_yaxes(title_text="a micro-batch<br>(ms)", row=1, col=1)
+    fig.update_xaxes(title_text="time (ms)", row=2, col=1).update_yaxes(title_text="stage", autorange="reversed", dtick=1, row=2, col=1)
+    return fig
+
+
 def pipeline_gantt(
     model: str = "internvl-6b-20b",       # one of `PIPE_MODELS`
     stages: int = 4,                      # ranks of the pipeline
@@ -395,24 +417,9 @@ def pipeline_gantt(
 ) -> go.Figure:                           # layers with their stages, and the step
     "Where a model is cut, and what every rank then does in a step."
     plan = _cut(model, stages, micros, method, cuts, schedule)
-    p, t = plan.profile, plan.simulate()
-    fig = make_subplots(rows=2, cols=1, row_heights=[0.34, 0.66], vertical_spacing=0.17)
-    stage = np.repeat(np.arange(plan.stages), np.diff(plan.cuts))
-    fig.add_trace(go.Bar(x=np.arange(len(p)), y=1e3 * (p.forward_s + p.backward_s), width=1.0, name="layers", showlegend=False, marker=dict(color=[viz.PALETTE[s % len(viz.PALETTE)] for s in stage], line=dict(width=0)), text=list(p.names), textposition="none",
-                         hovertemplate="%{text}: %{y:.1f} ms"), 1, 1)
-    for cut in plan.cuts[1:-1]: fig.add_vline(x=cut - 0.5, line=dict(color="#888888", width=2, dash="dot"), row=1, col=1)
-    kind, width = np.array(KINDS)[t.kind], t.end_s - t.start_s
-    for name, color in PIPE_COLORS.items():
-        if name == "send": continue
-        mine = kind == name
-        fig.add_trace(go.Bar(y=t.rank[mine], x=1e3 * width[mine], base=1e3 * t.start_s[mine], orientation="h", name=name, showlegend=bool(mine.any()), marker=dict(color=color, line=dict(width=0.5, color="rgba(255,255,255,0.8)")), customdata=t.micro[mine],
-                             hovertemplate="micro-batch %{customdata}: %{x:.0f} ms"), 2, 1)
+    t, where = plan.simulate(), "cuts of your own" if cuts is not None else viz.style(method).label
     lost = t.idle_by_cause
-    where = "cuts of your own" if cuts is not None else viz.style(method).label
-    fig.update_layout(title=f"{where}: slowest stage {plan.imbalance:.3f} of the mean, step {t.ratio:.3f} of the ideal<br>waiting: stages {100 * lost.get('stage', 0):.1f} %, bubble {100 * lost.get('bubble', 0):.1f} %", height=560, barmode="overlay", bargap=0.15)
-    fig.update_xaxes(title_text="layer, coloured by stage", row=1, col=1).update_yaxes(title_text="a micro-batch<br>(ms)", row=1, col=1)
-    fig.update_xaxes(title_text="time (ms)", row=2, col=1).update_yaxes(title_text="stage", autorange="reversed", dtick=1, row=2, col=1)
-    return fig
+    return pipeline_figure(plan, f"{where}: slowest stage {plan.imbalance:.3f} of the mean, step {t.ratio:.3f} of the ideal<br>waiting: stages {100 * lost['stage']:.1f} %, bubble {100 * lost['bubble']:.1f} %")
 
 
 def pipeline_gantt_widget(
@@ -469,9 +476,27 @@ def _fitted(model: str, stages: int, micros: int, memory_gb: float, recompute: s
 def _held(plan: PipelinePlan) -> tuple[NDArray[np.float64], ...]:
     "Bytes of every rank by cause; they add up to `stage_bytes`."
     p, flight = plan.worst or plan.profile, in_flight(pipeline_order(plan.schedule, plan.ranks, plan.micro_batches, plan.chunks))
-    total = lambda a: np.add.reduceat(np.asarray(a, np.float64), plan.cuts[:-1])
-    parts = (total(p.parameter_bytes), flight * total(np.where(plan.recompute, 0, p.activation_bytes)), flight * total(np.where(plan.recompute, np.minimum(p.checkpoint_bytes, p.activation_bytes), 0)))
+    total = lambda a, times=1: np.bincount(plan.homes, times * np.add.reduceat(np.asarray(a, np.float64), plan.cuts[:-1]), plan.ranks)
+    parts = (total(p.parameter_bytes), total(np.where(plan.recompute, 0, p.activation_bytes), flight), total(np.where(plan.recompute, np.minimum(p.checkpoint_bytes, p.activation_bytes), 0), flight))
     return (*parts, np.maximum(plan.stage_bytes - sum(parts), 0.0))
+
+
+def memory_figure(
+    plan: PipelinePlan,  # cuts and recomputation
+    title: str = "",     # above the figure
+) -> go.Figure:          # memory of every rank by cause under the limit, time of every stage beside it
+    "What fills the memory of every rank, and how long its stage takes."
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.58, 0.42], horizontal_spacing=0.13)
+    rank, stage = np.arange(plan.ranks), np.arange(plan.stages)
+    for (name, color), size in zip(HELD, _held(plan)): fig.add_trace(go.Bar(x=rank, y=size / 1e9, name=name, marker=dict(color=color), hovertemplate="%{y:.1f} GB"), 1, 1)
+    most = np.full(plan.ranks, np.nan) if plan.memory_bytes is None else plan.memory_bytes / 1e9
+    fig.add_trace(go.Scatter(x=np.r_[-0.5, rank + 0.5], y=np.r_[most[0], most], mode="lines", name="capacity", line=dict(color="#d55e00", dash="dash", width=2, shape="vh"), hoverinfo="skip"), 1, 1)
+    for name, seconds in (("forward", plan.forward_s), ("backward", plan.backward_s), ("recompute", plan.recompute_s)):
+        fig.add_trace(go.Bar(x=stage, y=1e3 * seconds, name=name, marker=dict(color=PIPE_COLORS[name]), hovertemplate="%{y:.0f} ms"), 1, 2)
+    fig.update_layout(title=title, height=500, barmode="stack", bargap=0.2, margin=dict(t=150))
+    fig.update_xaxes(title_text="rank", dtick=1, row=1, col=1).update_yaxes(title_text="memory (GB)", rangemode="tozero", row=1, col=1)
+    fig.update_xaxes(title_text="stage", dtick=1, row=1, col=2).update_yaxes(title_text="a micro-batch (ms)", rangemode="tozero", row=1, col=2)
+    return fig
 
 
 def memory_ladder(
@@ -481,21 +506,10 @@ def memory_ladder(
     memory_gb: float = 100.0,        # of a rank, 10^9 bytes
     recompute: str = "joint",        # one of `RECOMPUTES`
 ) -> go.Figure:                      # memory of every rank by cause under the limit, time of every stage beside it
-    "What fills the memory of every stage, and what it costs to fit."
+    "What it takes to fit a model, and what that costs."
     plan = _fitted(model, stages, micros, memory_gb, recompute)
-    free, t = partition(_profile(model), stages, micros, "dp"), plan.simulate()
-    fig = make_subplots(rows=1, cols=2, column_widths=[0.58, 0.42], horizontal_spacing=0.13)
-    rank = np.arange(plan.ranks)
-    for (name, color), size in zip(HELD, _held(plan)): fig.add_trace(go.Bar(x=rank, y=size / 1e9, name=name, marker=dict(color=color), hovertemplate="%{y:.1f} GB"), 1, 1)
-    fig.add_trace(go.Scatter(x=[-0.5, plan.ranks - 0.5], y=[memory_gb, memory_gb], mode="lines", name="capacity", line=dict(color="#d55e00", dash="dash", width=2), hoverinfo="skip"), 1, 1)
-    for name, seconds, color in (("forward", plan.forward_s, PIPE_COLORS["forward"]), ("backward", plan.backward_s, PIPE_COLORS["backward"]), ("recompute", plan.recompute_s, PIPE_COLORS["recompute"])):
-        fig.add_trace(go.Bar(x=rank, y=1e3 * seconds, name=name, marker=dict(color=color), hovertemplate="%{y:.0f} ms"), 1, 2)
-    again = int(plan.recompute.sum())
-    fig.update_layout(title=f"recompute {recompute}: {again} of {len(plan.recompute)} layers computed again<br>fullest rank {plan.stage_bytes.max() / 1e9:.0f} of {memory_gb:.0f} GB, step {t.makespan_s / free.simulate().makespan_s:.3f} of one without a limit",
-                      height=480, barmode="stack", bargap=0.2)
-    fig.update_xaxes(title_text="stage", dtick=1).update_yaxes(title_text="memory (GB)", rangemode="tozero", row=1, col=1)
-    fig.update_yaxes(title_text="a micro-batch (ms)", rangemode="tozero", row=1, col=2)
-    return fig
+    ratio = plan.simulate().makespan_s / partition(_profile(model), stages, micros, "dp").simulate().makespan_s
+    return memory_figure(plan, f"recompute {recompute}: {int(plan.recompute.sum())} of {len(plan.recompute)} layers computed again<br>fullest rank {plan.stage_bytes.max() / 1e9:.0f} of {memory_gb:.0f} GB, step {ratio:.3f} of one without a limit")
 
 
 def memory_ladder_widget() -> W.VBox:
