@@ -77,6 +77,7 @@ gpu:  ## on a machine with a GPU: kernel tests, then benchmarks, records into do
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels tests/decoding/test_device.py -q --import-mode=importlib -p no:cacheprovider
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_paged_decode.py
 	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_constrained.py
+	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/bench/bench_varlen_attention.py
 
 peers: $(VENV)/.dev  ## the contracts with an older transformers and with vLLM's scheduler and structured outputs, each in an environment of its own (fetches vLLM, a third of a gigabyte)
 	PYTHON=$(PY) bash tests/peers/transformers_versions.sh

@@ -35,7 +35,7 @@ EXECUTED, SRC, SITE = BUILD / "executed", BUILD / "src", DOCS / "_site"
 PLOTLY, TWIN, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.modeltc.twin+json", "application/vnd.jupyter.widget-view+json"
 ROOMS = {"core": "Core", "serving": "Serving", "decoding": "Decoding", "quant": "Quantization", "matting": "Matting", "diffusion": "Diffusion", "sparsity": "Sparsity",
          "balance": "Balance", "kernels": "Kernels", "compare": "Comparisons"}
-KERNELS = {"paged decode attention": "paged_decode", "constrained decoding": "constrained"}  # family and what its records begin with
+KERNELS = {"paged decode attention": "paged_decode", "constrained decoding": "constrained", "varlen attention": "varlen_attention"}  # family and what its records begin with
 EXTERNAL = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']((?:https?:)?//[^\"']+)[\"']", re.I)
 
 
@@ -308,6 +308,7 @@ def command_of(domain, experiment):
     if name in experiments(): return f"modeltc-lab run {name}"
     return {"decoding/vllm_backend": "bash tests/peers/vllm_structured.sh", "kernels/paged_decode_resources": "python kernels/bench/compile_check.py --write", "kernels/paged_decode_speed": "make gpu",
             "kernels/constrained_resources": "python kernels/bench/compile_check.py --write", "kernels/constrained_step": "make gpu",
+            "kernels/varlen_attention_resources": "python kernels/bench/compile_check.py --write", "kernels/varlen_attention_speed": "make gpu",
             "serving/engine_contract": "bash tests/peers/transformers_versions.sh", "serving/vllm_plugin": "bash tests/peers/vllm_scheduler.sh",
             "serving/token_sim_vidur": "bash tests/peers/vidur_speed.sh", "serving/engine_validation_cuda": "modeltc-lab validate --device cuda --results docs/results"}[name]
 

@@ -433,7 +433,7 @@ def prepare(
     max_seqlen: int | None = None,    # tokens of the longest document, if known: below `SHORT` no large tiles are launched
     device: torch.device | str | None = None,  # where q will be; None: where `cu_seqlens` is
 ) -> Plan:
-    """The work of a pack, once for all layers. From bounds on the host it is cut to size and sent along; on a device it is made there, and nothing waits."""
+    "The work of a pack, once for all layers. From bounds on the host it is cut to size and sent along; on a device it is made there, and nothing waits."
     _check_kernel(dtype, heads, kv_heads)
     if tokens >= 2**31: raise ValueError(f"tokens={tokens}: need less than 2**31")
     sizes = tile_sizes(dtype, heads // kv_heads)
@@ -447,6 +447,28 @@ def prepare(
         work, most = work[:1 + ends[-1]], tuple(b - a for a, b in zip([0, *ends], ends))
     if device is not None and torch.device(device).type == "cuda" and work.device.type == "cpu": work = work.pin_memory()
     return Plan(work if device is None else work.to(device, non_blocking=True), most, known, tokens, sizes, causal)
+
+
+def useful_pairs(
+    cu_seqlens: Tensor,               # [B+1] bounds of the documents
+    causal: bool = True,
+) -> int:                             # pairs of a query and a key that it sees, of one head
+    "What has to be computed: 4 * h * e operations a pair forward, 10 backward."
+    s = cu_seqlens.long().diff()
+    return int((s * (s + 1) // 2 if causal else s * s).sum())
+
+
+def tile_pairs(
+    plan: Plan,
+    dtype: torch.dtype = torch.bfloat16,  # of q
+    group: int = 1,                   # query heads a KV head
+) -> Tensor:                          # int64, of each tile of queries (the large, then the small): rows times keys that are multiplied
+    "What the forward pass computes; rows hold the whole group, so the sum is to be compared with group * `useful_pairs`."
+    ends, tiles = plan.work[0].tolist(), []
+    for first, last, big in ((0, ends[Q_BIG], True), (ends[Q_BIG], ends[Q_SMALL], False)):
+        block = launch_options("fwd", dtype, group, big)
+        tiles.append(block["BLOCK_M"] * block["BLOCK_N"] * -(-plan.work[1 + first:1 + last, 3].long() // block["BLOCK_N"]))
+    return torch.cat(tiles)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None) -> None:

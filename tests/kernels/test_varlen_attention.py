@@ -1,6 +1,10 @@
 "Varlen attention and its gradients against the reference, in the interpreter on CPU and on a GPU alike."
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +393,65 @@ def test_launcher_says_so(monkeypatch):
     monkeypatch.setattr(family, "interpreter_trouble", lambda: "need numpy below 2.4")
     q, k, v, _, cu = case("cpu", [3])
     with pytest.raises(RuntimeError, match="need numpy below 2.4"): varlen_attention(q, k, v, cu, impl="triton")
+
+
+# --- the benchmark -------------------------------------------------------------------------------------------------------
+
+BENCH = Path(__file__).resolve().parents[2] / "kernels/bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_varlen_attention
+    return bench_varlen_attention
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("options, message", [((), "nothing is timed"), (("--only", "VLM"), "nothing is timed")], ids=str)
+def test_nothing_is_timed_without_a_gpu(tmp_path, options, message):
+    done = subprocess.run([sys.executable, BENCH / "bench_varlen_attention.py", "--out", tmp_path / "rows.json", *options], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gate(bench, device):
+    "It lets the kernel through, and nothing that is wrong in one place only."
+    args = bench.case([9, 20], 2, 1, 32, True, device)
+    assert max(bench.gate(bench.ours, args, True, exact) for exact in (True, False)) < bench.ERROR_LIMIT
+    right = lambda q, k, v, cu, causal: varlen_attention(q, k, v, cu, causal=causal, impl="torch")
+    wrong = {"out": lambda *a: right(*a) * 1.02, "dq": lambda q, *a: right(q.detach() + 0 * q, *a), "dk": lambda q, k, *a: right(q, k.detach() + 1.05 * (k - k.detach()), *a),
+             "dv": lambda q, k, v, *a: right(q, k, v.detach() + 1.05 * (v - v.detach()), *a), "out ": lambda q, k, v, cu, c: right(q, k, v, cu[[0, 2]], c), "out  ": lambda q, k, v, cu, c: right(q, k, v, cu, False)}
+    for name, kernel in wrong.items():
+        with pytest.raises(ValueError, match=f"{name.strip()} has relative error .*: the kernel is wrong and is not timed"): bench.gate(kernel, args, True, True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_peers_compute_the_same(bench, device, causal, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "flex", lambda cu, causal, device, plain=bench.flex: plain(cu, causal, device, compiled=False))
+    args = bench.case([20, 11], 4, 2, 16, causal, device)
+    ways = bench.ways_of(args, causal, device)
+    assert {"varlen_attention", "varlen_attention, list made on the device", "SDPA, dense mask"} <= ways.keys()
+    q, k, v, _, cu = args
+    expected = varlen_attention_ref(q.double(), k.double(), v.double(), cu, causal)[0]
+    for name, (_, attend, build) in ways.items():
+        assert bench.relative_error(attend(q, k, v), expected) < bench.ERROR_LIMIT, name
+        if build is not None: build()
+    if device == "cpu": assert "varlen_attn of torch is left out" in capsys.readouterr().out  # it is for CUDA only
+
+
+def test_bounds_of_the_benchmark(bench):
+    cu = bounds([3, 0, 5])
+    assert bench.useful_pairs(cu) == 6 + 15 and bench.useful_pairs(cu, False) == 9 + 25 and bench.operations(cu, 2, 10, True) == 4 * 2 * 10 * 21
+    assert bench.floor(bounds([4096]), 32, 8, 128, True, 1e15, 3e12) == pytest.approx(4 * 32 * 128 * 4096 * 4097 / 2 / 1e15)  # long documents: operations
+    assert bench.floor(bounds([16] * 256), 32, 8, 128, True, 1e15, 3e12) == pytest.approx(4096 * 128 * 2 * 80 / 3e12)         # short ones: bytes
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pairs_of_tiles_against_a_count(causal):
+    lengths, group, dtype = [300, 5, 0, 129], 4, torch.bfloat16
+    plan, found = prepare(bounds(lengths), 434, group, 1, dtype, causal), []
+    for kind in (Q_BIG, Q_SMALL):
+        block = family.launch_options("fwd", dtype, group, kind == Q_BIG)
+        for _, _, _, stop in lists(plan)[kind]: found.append(sum(block["BLOCK_M"] * block["BLOCK_N"] for _ in range(0, stop, block["BLOCK_N"])))
+    assert family.tile_pairs(plan, dtype, group).tolist() == found and sum(found) > group * family.useful_pairs(bounds(lengths), causal)
