@@ -676,12 +676,7 @@ class PipelinePlan:
         try: d = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as e: raise ValueError(f"{path}: no JSON ({e}); need a file written by PipelinePlan.save") from e
         if not isinstance(d, dict) or {f.name for f in fields(cls)} - set(d): raise ValueError(f"{path}: not a plan; need a file written by PipelinePlan.save")
-        return cls.from_dict(d)
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> "PipelinePlan":
-        "The plan of `to_dict`."
-        return cls(**dict(d) | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
+        return cls(**d | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
                           "memory_bytes": None if d["memory_bytes"] is None else np.array(d["memory_bytes"], np.float64), "link": Link(**d["link"] | {"bytes_s": d["link"]["bytes_s"] or float("inf")})})
 
 
@@ -910,9 +905,10 @@ def cut_by(
 def omnibal_partition(
     full: bool = False,         # 16 stages as well
     micro_batches: int = 32,
+    profiles: Sequence[str] = tuple(PROFILES),  # beside the specified one
 ) -> list[Record]:              # one a case, stages, way to cut and figure
     "Max / mean stage, makespan / ideal and seconds of planning by the way a model is cut (omnibal.md 2.5)."
-    cases = {"as specified": specified_profile(), **{n: analytic_profile(n) for n in PROFILES}}
+    cases = {"as specified": specified_profile(), **{n: analytic_profile(n) for n in profiles}}
     out = []
     for case, profile in cases.items():
         for stages in (4, 8, 16) if full else (4, 8):
