@@ -71,13 +71,21 @@ def _cause(
     if waiting := [r for r, c in enumerate(codes) if c is None]: return waiting[0]
     return failed[0]
 
-# %% ../../nbs/balance/75_parallel.ipynb #84b03097
-def _environment(rank: int, ranks: int, folder: Path, backend: str, threads: int, paths: Sequence[str | Path]) -> dict[str, str]:
+# %% ../../nbs/balance/75_parallel.ipynb #7796726b
+def _free_port() -> int:
+    "A port nobody listens on, for libraries that look at MASTER_PORT; the ranks themselves meet in a file."
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _environment(rank: int, ranks: int, port: int, folder: Path, backend: str, threads: int, paths: Sequence[str | Path]) -> dict[str, str]:
     "What a worker finds: torchrun's variables, one thread, the package where it is not installed."
     paths = list(map(str, paths))
     try: metadata.distribution("modeltc_lab")
     except metadata.PackageNotFoundError: paths.append(str(Path(sys.modules["modeltc_lab"].__path__[0]).parent))
-    more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0,
+    more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": 1, "PYTHONFAULTHANDLER": 1, "TOKENIZERS_PARALLELISM": "false",
             _FOLDER: folder, "MODELTC_RANKS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     local = {name: "lo" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} if sys.platform == "linux" else {}
@@ -143,10 +151,11 @@ def run_ranks(
     with TemporaryDirectory(prefix="modeltc-ranks-", ignore_cleanup_errors=True) as name:
         folder, processes = Path(name), list[subprocess.Popen]()
         (folder / "arguments.json").write_text(json.dumps({"arguments": dict(arguments), "collective_s": collective_s}, allow_nan=False), encoding="utf-8")
+        port = _free_port()
         try:
             for r in range(ranks):
                 with open(folder / f"rank{r}.log", "wb") as log:
-                    processes.append(subprocess.Popen([sys.executable, "-m", module], env=_environment(r, ranks, folder, backend, threads, paths), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                    processes.append(subprocess.Popen([sys.executable, "-m", module], env=_environment(r, ranks, port, folder, backend, threads, paths), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
             until = monotonic() + timeout_s
             while any((codes := [p.poll() for p in processes])[r] is None for r in range(ranks)):
                 if any(codes): raise _failure(module, _settle(processes, 1.0), folder)
