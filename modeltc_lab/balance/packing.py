@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .lengths import check_lengths, rows_of
 
-# %% ../../nbs/balance/71_packing.ipynb #7100a003
+# %% ../../nbs/balance/71_packing.ipynb #7100a017
 IntArray = NDArray[np.int64]
 
 
@@ -172,19 +172,23 @@ class PackPlan:
         if (self.docs == 0).any(): raise ValueError(f"pack {int(np.flatnonzero(self.docs == 0)[0])} is empty")
         both = np.concatenate([self.item_ids, self.dropped])
         if len(both) and (both.min() < 0 or both.max() >= len(whole)): raise ValueError(f"the plan names document {both.max() if both.max() >= len(whole) else both.min()} of {len(whole)}")
-        if len(whole) - len(np.unique(both)): raise ValueError(f"document {int(np.setdiff1d(np.arange(len(whole)), both)[0])} is in no pack")
-        if len(np.unique(self.dropped)) < len(self.dropped) or np.isin(self.dropped, self.item_ids).any(): raise ValueError("a dropped document occurs twice, or is in a pack as well")
+        times = np.bincount(both, minlength=len(whole))
+        if (times == 0).any(): raise ValueError(f"document {int(np.flatnonzero(times == 0)[0])} is in no pack")
+        if (times[self.dropped] > 1).any(): raise ValueError(f"document {self.dropped[times[self.dropped] > 1][0]} is dropped, and is in a pack or dropped once more")
+        if self.partial: return self._check_pieces(whole[:, -1])
+        if (times > 1).any(): raise ValueError(f"document {int(np.flatnonzero(times > 1)[0])} is in more than one pack")
+        other = (self.sizes != whole[self.item_ids]).any(axis=1) | (self.starts != 0)
+        if other.any(): raise ValueError(f"document {self.item_ids[other][0]} is placed with another size than its own")
+
+    def _check_pieces(self, whole: IntArray) -> None:
+        "Pieces follow each other from the first token to the last; a document that was truncated is one piece, and shorter."
         order = np.lexsort([self.starts, self.item_ids])
-        ids, starts, size = self.item_ids[order], self.starts[order], self.sizes[order]
-        first = np.concatenate([[True], ids[1:] != ids[:-1]])
-        expected = np.where(first, 0, np.concatenate([[0], (starts + size[:, -1])[:-1]]))
-        ends = np.concatenate([first[1:], [True]]) if len(ids) else first[:0]
-        if not self.partial and not first.all(): raise ValueError(f"document {ids[~first][0]} is in more than one pack")
-        if (starts != expected[:len(ids)]).any(): raise ValueError(f"the pieces of document {ids[starts != expected][0]} do not follow each other")
-        cut = (starts + size[:, -1])[ends] != whole[ids[ends], -1]
-        if self.partial: cut &= ~(first[ends] & (size[ends, -1] < whole[ids[ends], -1]))     # a document that was truncated is one piece, and shorter
-        elif (size != whole[ids]).any(): cut = (size != whole[ids]).any(axis=1)
-        if cut.any(): raise ValueError(f"document {ids[ends][cut][0]} is placed with another size than its own")
+        ids, starts, ends = self.item_ids[order], self.starts[order], (self.starts + self.lengths)[order]
+        first, last = np.diff(ids, prepend=-1) != 0, np.diff(ids, append=-1) != 0
+        gap = starts != np.where(first, 0, np.roll(ends, 1))
+        if gap.any(): raise ValueError(f"the pieces of document {ids[gap][0]} do not follow each other")
+        other = last & (ends != whole[ids]) & ~(first & (ends < whole[ids]))
+        if other.any(): raise ValueError(f"document {ids[other][0]} is placed with another size than its own")
 
     def save(
         self,

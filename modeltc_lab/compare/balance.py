@@ -66,7 +66,7 @@ def flat(
     packs = list(packs)
     return np.array([x for p in packs for x in p], np.int64), np.array([len(p) for p in packs], np.int64)
 
-# %% ../../nbs/compare/92_balance.ipynb #9200a009
+# %% ../../nbs/compare/92_balance.ipynb #9200a028
 Ready = tuple[Callable[[], Any], Callable[[Any], tuple[ArrayLike, ArrayLike]]]  # the work, and how to read what it gives
 SCRIPT = "tests/peers/packing_peers.sh"
 
@@ -129,6 +129,7 @@ def token_rows(
 
 def trl(lengths: IntArray, capacity: int, batch: int | None = None) -> Ready:
     rows, pack_dataset = token_rows(lengths), peer("trl").pack_dataset
+    peer("datasets").disable_progress_bars()
     options = {"batch_size": batch, "keep_in_memory": True, "load_from_cache_file": False}
 
     def read(packed: Any) -> tuple[ArrayLike, ArrayLike]:
