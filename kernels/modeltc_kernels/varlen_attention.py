@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernel; the re
 MAX_GROUP = 16   # query heads that share a KV head
 MAX_HEAD = 128   # head size
 SHORT = 256      # tokens; documents below get tiles of half the rows
+TAIL = 16        # large tiles; longer documents do not end in a small one: it would save little, and come last with many keys to see
 Q_BIG, Q_SMALL, KV_BIG, KV_SMALL = range(4)  # the four lists: tiles of queries and of keys, large and small
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -395,7 +396,7 @@ def _work(cu_seqlens: Tensor, tokens: int, sizes: tuple[int, int, int, int], cau
     """The lists, by tensor operations on the device of `cu_seqlens`, which nobody waits for.
 
     As long as they could become: T // small + documents of queries and of keys. A document below `SHORT` is cut into small
-    tiles, another into large ones with a small one at its end if that suffices. Padding is one document more, whose loops are empty.
+    tiles, another into large ones, with a small one at its end if that suffices and the document is not long (`TAIL`). Padding is one document more, whose loops are empty.
     """
     bounds = torch.cat([cu_seqlens.long(), torch.full((1,), tokens, dtype=torch.int64, device=cu_seqlens.device)])
     start, length = bounds[:-1], bounds.diff()
@@ -404,7 +405,8 @@ def _work(cu_seqlens: Tensor, tokens: int, sizes: tuple[int, int, int, int], cau
     short = (length < SHORT) | last
     for big, small in (sizes[:2], sizes[2:]):
         rest = length % big
-        counts += [torch.where(short, 0, length // big + (rest > small)), torch.where(short, (length + small - 1) // small, ((rest > 0) & (rest <= small)).long())]
+        tail = (rest > 0) & (rest <= small) & (length <= TAIL * big)
+        counts += [torch.where(short, 0, (length + big - 1) // big - tail.long()), torch.where(short, (length + small - 1) // small, tail.long())]
     count = torch.cat(counts)                                                   # [4 * many]
     ends = count.cumsum(0)
     place = torch.arange(tokens // sizes[1] + tokens // sizes[3] + 2 * many, device=cu_seqlens.device)
