@@ -240,4 +240,7 @@ def cut_model(
 
 
 COMMANDS = {"pack": pack, "plan": plan}
-EXPERIMENTS: dict[str, str] = {}
+EXPERIMENTS: dict[str, str] = {f"balance/{name}": f"modeltc_lab.balance.{module}:{name}" for module, names in {
+    "hbp": ("planning",), "studies": ("hbp_ablation", "hbp_orders", "hbp_generator", "cost_fit"), "omnibal": ("omnibal_data", "omnibal_ladder"), "partition": ("omnibal_partition", "omnibal_recompute"),
+    "equality": ("parallel_equality",), "training": ("training_orders", "training_normalisers"), "pipeline": ("omnibal_pipeline",)}.items() for name in names}
+EXPERIMENTS |= {f"balance/{name}": f"modeltc_lab.compare.balance:{name}" for name in ("packing", "packing_peers", "sampling_peers")}

@@ -284,7 +284,7 @@ def strategy_map(
         fig.add_trace(go.Scatter(x=[f"{g.length // 1024} Ki" for g in at], y=[str(g.sp) for g in at], mode="markers", name="selected", showlegend=col == 1, marker=dict(symbol="star", size=17, color="#d55e00", line=dict(width=1, color="white")),
                                  hovertemplate="selected<extra></extra>"), 1, col)
     chosen = ", ".join(f"{g.length // 1024} Ki on {g.sp} with {g.gc_layers} layers checkpointed" for g in groups)
-    fig.update_layout(title=f"{model}, {world} ranks: " + (f"groups {chosen}" if groups else f"no group of {said.removeprefix('max_length=')} tokens fits"), height=430)
+    fig.update_layout(title=f"{model}, {world} ranks: " + (f"groups {chosen}" if groups else f"no group of {said.removeprefix('max_length=')} tokens fits") + f"<br>in the map, checkpointed layers: {level}", height=470, margin=dict(t=130))
     fig.update_xaxes(title_text="pack (tokens)").update_yaxes(title_text="ranks that share it (SP)", type="category")
     return fig
 
@@ -419,7 +419,7 @@ def pipeline_gantt(
     plan = _cut(model, stages, micros, method, cuts, schedule)
     t, where = plan.simulate(), "cuts of your own" if cuts is not None else viz.style(method).label
     lost = t.idle_by_cause
-    return pipeline_figure(plan, f"{where}: slowest stage {plan.imbalance:.3f} of the mean, step {t.ratio:.3f} of the ideal<br>waiting: stages {100 * lost['stage']:.1f} %, bubble {100 * lost['bubble']:.1f} %")
+    return pipeline_figure(plan, f"{where}, {schedule}: slowest stage {plan.imbalance:.3f} of the mean, step {t.ratio:.3f} of the ideal<br>waiting: stages {100 * lost['stage']:.1f} %, bubble {100 * lost['bubble']:.1f} %")
 
 
 def pipeline_gantt_widget(

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.browser
 SITE = Path(__file__).resolve().parents[2] / "docs" / "_site"
 TECHNIQUE, GALLERY = "serving/past_future.html", "serving/views.html"
 DECODING, LENSES = "decoding/pre3.html", "decoding/views.html"
+BALANCE = "balance/views.html"
 DRAWN = "() => { const all = [...document.querySelectorAll('.mlab-figure .plot, .mlab-twin .plot')]; return all.length > 0 && all.every(d => d.querySelector('.main-svg')); }"
 SHOWN = "el => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]); }"
 CHANGED = "([el, old]) => { const d = el.querySelector('.plot'); return JSON.stringify([d._fullLayout.title.text, d._fullData.map(t => [t.name, Array.from(t.x || []), Array.from(t.y || [])])]) !== old; }"
@@ -63,7 +64,7 @@ def press(page, twin, control, key):
     return before, twin.evaluate(SHOWN)
 
 
-@pytest.mark.parametrize("name", [TECHNIQUE, GALLERY, LENSES])
+@pytest.mark.parametrize("name", [TECHNIQUE, GALLERY, LENSES, BALANCE])
 def test_every_slider_of_a_twin_moves_with_the_keyboard(visit, name):
     "Each slider alone changes the drawn figure, and moving it back restores what was there."
     page = visit.open(name, DRAWN)
@@ -84,7 +85,7 @@ def test_every_slider_of_a_twin_moves_with_the_keyboard(visit, name):
             assert (moved_from, restored) == (moved, first) and value.text_content() == said
 
 
-@pytest.mark.parametrize("name, least", [(GALLERY, 3), (LENSES, 2)])
+@pytest.mark.parametrize("name, least", [(GALLERY, 3), (LENSES, 2), (BALANCE, 4)])
 def test_every_choice_of_a_twin_moves_the_figure(visit, name, least):
     "Each list alone changes the drawn figure, whatever is chosen."
     page = visit.open(name, DRAWN)

@@ -128,6 +128,8 @@ def test_the_rules_allow_what_they_should():
     ("from modeltc_lab.core.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass", ("torch", "plotly", "transformers", "numba", "pandas")),
     ("import modeltc_lab", ("torch", "plotly", "transformers", "numpy", "pydantic")),
     ("from modeltc_lab.core.cli import main; main(['sim', '--help'])", ("torch", "plotly", "transformers", "numba", "pandas", "numpy", "pydantic")),
+    ("from modeltc_lab.core.cli import main; main(['pack', '--help'])", ("torch", "plotly", "transformers", "numba", "pandas", "numpy", "pydantic")),
+    ("import modeltc_lab.balance.omnibal, modeltc_lab.balance.hbp, modeltc_lab.balance.selection", ("torch", "plotly", "transformers", "pandas", "ortools")),
     ("import modeltc_lab.serving.token_sim", ("torch", "plotly", "transformers", "pandas"))])
 def test_import_weight(code, forbidden):
     "Heavy packages stay out until they are needed."

@@ -70,3 +70,6 @@ def test_works_installed(python, tmp_path):
     assert "Past-Future" in call(command, "list", cwd=tmp_path)
     answer = json.loads(call(command, "sim", "--policy", "past_future", "--requests", "50", "--json", cwd=tmp_path))
     assert answer["config"]["generated"] is True and answer["results"][0]["requests"] == 50
+    (tmp_path / "lengths.txt").write_text("\n".join(map(str, [300, 9000, 500, 700, 120] * 400)))
+    answer = json.loads(call(command, "pack", "lengths.txt", "--capacity", "16384", "--groups", "one", "--world", "8", "--json", cwd=tmp_path))
+    assert answer["bins"] >= answer["lower_bound"] and answer["documents"] == 2000 and answer["lost_tokens"] == 0
