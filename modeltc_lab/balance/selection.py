@@ -34,10 +34,17 @@ class Measurement:
 class Profiler(Protocol):
     "Steps of one model on one machine."
 
-    layers: int          # layers that can be checkpointed
-    heads: int           # query heads
-    world: int           # ranks
-    memory_bytes: float  # of a rank
+    @property
+    def layers(self) -> int: ...          # that can be checkpointed
+
+    @property
+    def heads(self) -> int: ...           # query heads
+
+    @property
+    def world(self) -> int: ...           # ranks
+
+    @property
+    def memory_bytes(self) -> float: ...  # of a rank
 
     def measure(self, length: int, sp: int, gc_layers: int) -> Measurement:  # a pack of `length` tokens on `sp` ranks
         "Run or count one step."

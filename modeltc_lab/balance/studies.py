@@ -210,7 +210,8 @@ def hbp_generator(
     "The generated documents beside figures the paper prints for its own (hbp.md 2.8)."
     seeds = range(5 if full else 2)
     runs = over_seeds(generator_run, [{"scale": scale}], seeds, desc="generator")[0]
-    return [record("balance", "hbp_generator", *key.split("|"), [r[key] for r in runs], implementation="modeltc_lab", config={"documents": round(941_344 * scale), "shorts": "lognormal, median 480, sigma 1.05, 16 to 32768", "longs": "uniform, 8K to 128K"},
+    name = lambda key, i: key.split("|")[i]
+    return [record("balance", "hbp_generator", name(key, 0), name(key, 1), name(key, 2), [r[key] for r in runs], implementation="modeltc_lab", config={"documents": round(941_344 * scale), "shorts": "lognormal, median 480, sigma 1.05, 16 to 32768", "longs": "uniform, 8K to 128K"},
                    seed=list(seeds), data="long-context mix (generated)") for key in runs[0]]
 
 # %% ../../nbs/balance/77_studies.ipynb #7e4c0108
@@ -247,7 +248,7 @@ def replay(
     def total(order: Any, clock: Any) -> float: return float(clock[order[:n]].reshape(-1, ranks).max(1).sum())
     kept = rng.permutation(len(s))[:n]
     shuffles = [rng.permutation(kept) for _ in range(draws)]
-    out = {}
+    out: dict[str, float] = {}
     for name, clock in (("measured", s), ("predicted", p)):
         random, balanced = np.mean([total(o, clock) for o in shuffles]), total(kept[np.argsort(p[kept])], clock)
         work = clock[kept].sum() / ranks
@@ -268,7 +269,7 @@ def small_llama(
     hidden, width, layers, heads, kv, vocab = shapes[size]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=131072))
+        model: Any = LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=131072))
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
