@@ -48,9 +48,9 @@ class LayerProfile:
     checkpoint_bytes: Array             # kept instead when the layer is computed again: its input
     parameter_bytes: Array              # parameters, gradients, optimizer
     output_bytes: Array                 # what a cut behind the layer sends
-    weight_s: Array | None = None       # the part of `backward_s` that makes gradients of weights; None: half
-    square_forward_s: Array | None = None   # the part of `forward_s` that grows with squared document lengths; None: none
-    square_backward_s: Array | None = None  # the same of `backward_s`
+    weight_s: Array = None  # type: ignore[assignment]  # the part of `backward_s` that makes gradients of weights; None: half
+    square_forward_s: Array = None  # type: ignore[assignment]  # the part of `forward_s` that grows with squared document lengths; None: none
+    square_backward_s: Array = None  # type: ignore[assignment]  # the same of `backward_s`
     tiles: float = 0.0                  # the micro-batch: image tiles,
     tokens: float = 1.0                 # tokens,
     squares: float = 1.0                # squared document lengths
@@ -116,7 +116,8 @@ class LayerProfile:
         known = {f.name for f in fields(cls)}
         if missing := {"names", "kinds", "forward_s", "backward_s", "activation_bytes", "checkpoint_bytes", "parameter_bytes", "output_bytes"} - set(d): raise ValueError(f"profile: no {', '.join(sorted(missing))}; need a file written by LayerProfile.save")
         if set(d) - known: raise ValueError(f"profile: unknown {', '.join(sorted(set(d) - known))}; need a file written by LayerProfile.save")
-        return cls(**{k: tuple(v) if k in ("names", "kinds") else v for k, v in d.items()})
+        given: dict[str, Any] = {k: tuple(v) if k in ("names", "kinds") else v for k, v in d.items()}
+        return cls(**given)
 
     def save(self, path: Path | str) -> None:
         "Write JSON."
@@ -184,6 +185,9 @@ def analytic_profile(
     gated_experts: bool = False,       # allow mixtures of experts, of which only the visited ones are timed
 ) -> LayerProfile:
     "Count a profile: vision tower, projector, embedding, language model, head."
+    vision_name: ModelShape | str | None
+    llm_name: ModelShape | str
+    rows: list[dict[str, Any]] = []
     if isinstance(model, str) and model in PROFILES: vision_name, llm_name, per = PROFILES[model]
     elif isinstance(model, (str, ModelShape)): vision_name, llm_name, per = None, model, 0
     elif isinstance(model, tuple): vision_name, llm_name, per = *model, 1025
@@ -193,7 +197,7 @@ def analytic_profile(
     if tp < 1 or llm.heads % tp: raise ValueError(f"tp={tp}: need a divisor of the {llm.heads} heads")
     if llm.experts and not gated_experts: raise ValueError(f"model {llm.name} has experts: their bytes are not all a layer's own; pass gated_experts=True to count visited experts only")
     if unknown := set(frozen) - set(KINDS): raise ValueError(f"frozen: unknown {sorted(unknown)}; need some of {', '.join(KINDS)}")
-    squares, per, rows = float(tokens)**2 if squares is None else squares, tile_tokens or per, []
+    squares, per = float(tokens)**2 if squares is None else squares, tile_tokens or per
     flop, memory = 1 / (h.flops * h.matmul_efficiency), h.memory_bandwidth
 
     def add(name: str, kind: str, linear: float, square: float, fixed: float, weights: float, keeps: float, reads: float, sends: float) -> None:
@@ -218,7 +222,7 @@ def analytic_profile(
     linear, square, fixed = _block_s(llm, tokens, squares, h, tp)
     for i in range(llm.layers): add(f"llm.{i}", "llm", linear, square, fixed, llm.layer_weights / llm.layers, _block_bytes(llm, tokens), stream, stream)
     add("head", "head", (2.0 * llm.hidden * llm.vocab * tokens * flop + 10.0 * llm.vocab * tokens / memory) / tp, 0.0, 0.0, 0.0 if llm.tied else llm.hidden * llm.vocab, stream + 6.0 * llm.vocab * tokens, stream, 0.0)
-    columns = {c: np.array([r[c] for r in rows]) for c in COLUMNS}
+    columns: dict[str, Any] = {c: np.array([r[c] for r in rows]) for c in COLUMNS}
     name = llm.name if vision is None else f"{vision.name} + {llm.name}"
     return LayerProfile(tuple(r["name"] for r in rows), tuple(r["kind"] for r in rows), tiles=tiles if vision is not None else 0.0, tokens=tokens, squares=squares,
                         source=f"counted: {name} on {h.name}" + (f", tp={tp}" if tp > 1 else "") + (f", frozen {'+'.join(frozen)}" if frozen else ""), **columns)
@@ -399,7 +403,8 @@ def _mean_profile(profiles: Sequence[LayerProfile]) -> LayerProfile:
     first = profiles[0]
     if any(p.names != first.names for p in profiles): raise ValueError("sample_batch: micro-batches call different layers; give every one of them an image, if need be a fake one")
     mean = lambda name: np.mean([getattr(p, name) for p in profiles], 0)
-    return replace(first, **{c: mean(c) for c in COLUMNS}, **{n: float(mean(n)) for n in ("tiles", "tokens", "squares")})
+    means: dict[str, Any] = {c: mean(c) for c in COLUMNS} | {n: float(mean(n)) for n in ("tiles", "tokens", "squares")}
+    return replace(first, **means)
 
 # %% ../../nbs/balance/73_partition.ipynb #79b0decd
 @njit(cache=True)
@@ -651,7 +656,8 @@ class PipelinePlan:
 
     def simulate(self, **more: Any) -> Timeline:
         "One step in the simulator; arguments of `simulate_pipeline`."
-        return simulate_pipeline(self, **{"schedule": self.schedule, "chunks": self.chunks, "link": self.link} | more)
+        given: dict[str, Any] = {"schedule": self.schedule, "chunks": self.chunks, "link": self.link}
+        return simulate_pipeline(self, **(given | more))
 
     def summary(self) -> dict[str, Any]:
         "Plain figures of the plan."
@@ -676,7 +682,12 @@ class PipelinePlan:
         try: d = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as e: raise ValueError(f"{path}: no JSON ({e}); need a file written by PipelinePlan.save") from e
         if not isinstance(d, dict) or {f.name for f in fields(cls)} - set(d): raise ValueError(f"{path}: not a plan; need a file written by PipelinePlan.save")
-        return cls(**d | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
+        return cls.from_dict(d)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "PipelinePlan":
+        "The plan of `to_dict`."
+        return cls(**dict(d) | {"profile": LayerProfile.from_dict(d["profile"]), "worst": None if d["worst"] is None else LayerProfile.from_dict(d["worst"]), "cuts": np.array(d["cuts"], np.int64), "recompute": np.array(d["recompute"], bool),
                           "memory_bytes": None if d["memory_bytes"] is None else np.array(d["memory_bytes"], np.float64), "link": Link(**d["link"] | {"bytes_s": d["link"]["bytes_s"] or float("inf")})})
 
 
@@ -843,14 +854,14 @@ def partition(
     link: Link = Link(),                       # between stages
 ) -> PipelinePlan:
     "Cut a model into stages and choose what is computed again (omnibal.md 2.3, 2.4)."
-    for name, value, allowed in (("method", method, METHODS), ("recompute", recompute, RECOMPUTE)):
-        if value not in allowed: raise ValueError(f"{name}={value!r}: need one of {', '.join(allowed)}")
+    for name, given, allowed in (("method", method, METHODS), ("recompute", recompute, RECOMPUTE)):
+        if given not in allowed: raise ValueError(f"{name}={given!r}: need one of {', '.join(allowed)}")
     if micro_batches < 1: raise ValueError(f"micro_batches={micro_batches}: need at least 1")
     _check_stages(len(profile), stages * chunks)
     heavy = profile if worst is None else worst if isinstance(worst, LayerProfile) else profile.at(*worst)
     if heavy.names != profile.names: raise ValueError("worst: a profile of other layers")
     memory = None if memory_bytes is None else np.broadcast_to(np.asarray(memory_bytes, np.float64), (stages,)).copy()
-    if memory is not None and not (memory > 0).all(): raise ValueError(f"memory_bytes={memory_bytes}: need bytes above 0")
+    if memory is not None and not (memory > 0).all(): raise ValueError(f"memory_bytes={memory_bytes!r}: need bytes above 0")
     count = stages * chunks
     plain = PipelinePlan(profile, uniform_cuts(len(profile), count), np.zeros(len(profile), bool), micro_batches, method, recompute, schedule, chunks, memory, None if worst is None else heavy, 0.0, link)
 
@@ -872,7 +883,7 @@ def partition(
     together = chunks == 1 and recompute != "greedy"
     rule = recompute if recompute != "greedy" else "full" if memory is not None else "none"
     cuts, value = min_max_cuts(_stage_costs(profile, heavy, count, micro_batches, schedule, memory if together else None, rule), count)
-    if not np.isfinite(value): _infeasible(profile, heavy, stages, micro_batches, schedule, memory, recompute)
+    if not np.isfinite(value) and memory is not None: _infeasible(profile, heavy, stages, micro_batches, schedule, memory, recompute)
     if together or memory is None: bound = value
     first = made(cuts)
     if not refine or count == 1: return first
