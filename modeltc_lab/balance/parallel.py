@@ -340,11 +340,11 @@ class _Exchange(torch.autograd.Function):
 def exchange(
     x: Tensor,                 # [sp, ...] block i is for rank i
     group: Any,                # sequence-parallel ranks
-    impl: str = "functional",  # "functional" (torch's functional collective, can be compiled) or "plain" (torch.distributed)
+    impl: str = "auto",        # "functional" (torch's functional collective, can be compiled), "plain" (torch.distributed), or "auto": functional while compiling
 ) -> Tensor:                   # [sp, ...] block i is from rank i
     "All to all, differentiable."
-    if impl == "plain": return _Exchange.apply(x, group)
-    if impl != "functional": raise ValueError(f"impl={impl!r}: need functional or plain")
+    if impl not in ("auto", "functional", "plain"): raise ValueError(f"impl={impl!r}: need auto, functional or plain")
+    if impl == "plain" or (impl == "auto" and not torch.compiler.is_compiling()): return _Exchange.apply(x, group)  # what the functional one returns waits anew in every operation on it, document by document
     from torch.distributed._functional_collectives import all_to_all_single_autograd
     return all_to_all_single_autograd(x.contiguous(), None, None, group)
 
@@ -364,7 +364,7 @@ def ulysses_attention(
     causal: bool = True,
     scale: float | None = None,    # of the scores; None: 1 / sqrt(d)
     attention: Callable = _pack_attention,  # of (q, k, v, cu_seqlens, max_seqlen, causal, scale) on a whole pack
-    impl: str = "functional",      # of `exchange`
+    impl: str = "auto",            # of `exchange`
 ) -> Tensor:                       # [T / sp, h, d]
     "Attention over a pack whose tokens are spread over a group (DeepSpeed-Ulysses); two exchanges."
     sp = 1 if group is None else dist.get_world_size(group)
