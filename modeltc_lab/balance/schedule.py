@@ -126,7 +126,7 @@ class StepSchedule:
         r = self.recipe
         return schedule(self.plans, self.world, self.groups, r.cost, r.balance, 0 if number else r.curriculum_steps, self.accumulate, r.seed, key=r.key, epoch=number)
 
-# %% ../../nbs/balance/71c_schedule.ipynb #a2705069
+# %% ../../nbs/balance/71c_schedule.ipynb #58232890
 def parse_balance(
     balance: str,        # "random", "sort", "lpt", "window:W"
     accumulate: int = 1,  # micro-batches a step
@@ -140,19 +140,27 @@ def parse_balance(
 
 
 @njit(cache=True)
-def _deal(rows: IntArray, seconds: FloatArray, accumulate: int, ranks: int) -> IntArray:
-    "Longest processing time first, `accumulate` packs a rank: in each row the longest pack goes to the rank with the least work that has a place left. Packs of a rank come out longest first."
-    out = np.full((len(rows), accumulate, ranks), -1, np.int64)
-    for s in range(len(rows)):
+def _places(seconds: FloatArray, accumulate: int, ranks: int) -> IntArray:
+    "Longest processing time first: in each row, of falling seconds, the next pack goes to the rank with the least work that has one of its `accumulate` places left. The place of each pack, micro-batch by micro-batch."
+    out = np.empty(seconds.shape, np.int64)
+    for s in range(len(seconds)):
         load, count = np.zeros(ranks), np.zeros(ranks, np.int64)
-        for j in np.argsort(-seconds[rows[s]], kind="mergesort"):
+        for j in range(seconds.shape[1]):
             best = -1
             for r in range(ranks):
                 if count[r] < accumulate and (best < 0 or load[r] < load[best]): best = r
-            out[s, count[best], best] = rows[s, j]
+            out[s, j] = count[best] * ranks + best
             count[best] += 1
-            load[best] += seconds[rows[s, j]]
+            load[best] += seconds[s, j]
     return out
+
+
+def _deal(rows: IntArray, seconds: FloatArray, accumulate: int, ranks: int) -> IntArray:
+    "The packs of each row dealt to ranks, `(rows, accumulate, ranks)`; packs of a rank come out longest first."
+    rows = np.take_along_axis(rows, np.argsort(-seconds[rows], axis=1, kind="stable"), 1)
+    out = np.empty_like(rows)
+    np.put_along_axis(out, _places(seconds[rows], accumulate, ranks), rows, 1)
+    return out.reshape(len(rows), accumulate, ranks)
 
 
 def _rows(seconds: FloatArray, key: FloatArray, accumulate: int, ranks: int, order: tuple[str, int], rng: np.random.Generator) -> IntArray:
@@ -209,7 +217,7 @@ def interleave(
         out.append(pattern)
     return np.concatenate(out)
 
-# %% ../../nbs/balance/71c_schedule.ipynb #11056c8e
+# %% ../../nbs/balance/71c_schedule.ipynb #d74f9710
 def _key(plan: PackPlan, seconds: FloatArray, key: str) -> FloatArray:
     "What packs are sorted by, the entry of an empty pack last."
     if key == "cost": return seconds
@@ -267,7 +275,7 @@ def schedule(
         seconds = pack_seconds(plan, group, cost)
         rows.append(_rows(seconds, _key(plan, seconds, key), accumulate, world // group.sp, order, rng))
     counts = [len(r) for r in rows]
-    if curriculum_steps > counts[0]: raise ValueError(f"curriculum_steps={curriculum_steps}: the shortest group, {groups[0].length}, has {counts[0]} steps; choose at most that")
+    if curriculum_steps > counts[0]: raise ValueError(f"curriculum_steps={curriculum_steps}: the shortest group, {groups[0].length}, has {counts[0]} steps (a fill may have moved its documents into longer packs); choose at most that")
     after = interleave([counts[0] - curriculum_steps, *counts[1:]], rng)
     which = np.concatenate([np.zeros(curriculum_steps, np.int32), after]).astype(np.int32)
     slots = np.array([accumulate * (world // g.sp) for g in groups], np.int64)
