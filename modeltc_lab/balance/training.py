@@ -197,7 +197,7 @@ def load_seconds(
     "Seconds each rank needs for each step."
     return np.array([[sum(float(cost.seconds(x["tokens"], x["squares"], x["docs"], x["sp"])) for x in (micro[r] for micro in step)) for r in range(len(step[0]))] for step in loads])
 
-# %% ../../nbs/balance/75a_training.ipynb #d67a87f8
+# %% ../../nbs/balance/75a_training.ipynb #88abe317
 class OrderTrainer:
     "One rank's part in training one model by one plan."
 
@@ -379,12 +379,14 @@ def _calibrate(me: Any, told: Mapping[str, Any]) -> dict[str, Any]:
         begin = np.random.default_rng([setup.seed, number, me.rank if p["sp"] == 1 else 0]).integers(0, len(tokens) - max(p["lengths"]), len(p["lengths"]))
         batch = sequence.shard(_to(PackedCollator()([{"input_ids": tokens[b:b + n]} for b, n in zip(begin, p["lengths"])]), me.device))
         targets = batch.pop("shift_labels")
-        dist.barrier()
-        start = now(me.device)
-        normalised_loss(model(**batch).logits, targets, "global", 1, 1, batch["cu_seq_lens_q"]).backward()
-        seconds = now(me.device) - start
-        model.zero_grad(set_to_none=True)
-        if not p["warmup"]: rows.append({"tokens": sum(p["lengths"]), "squares": sum(n * n for n in p["lengths"]), "docs": len(p["lengths"]), "sp": p["sp"], "seconds": seconds})
+        seconds = []
+        for _ in range(1 if p["warmup"] else told["repeats"]):
+            dist.barrier()
+            start = now(me.device)
+            normalised_loss(model(**batch).logits, targets, "global", 1, 1, batch["cu_seq_lens_q"]).backward()
+            seconds.append(now(me.device) - start)
+            model.zero_grad(set_to_none=True)
+        if not p["warmup"]: rows.append({"tokens": sum(p["lengths"]), "squares": sum(n * n for n in p["lengths"]), "docs": len(p["lengths"]), "sp": p["sp"], "seconds": statistics.median(seconds)})
     return {"rows": rows}
 
 
@@ -474,7 +476,7 @@ def _collect(name: str, plan: StepSchedule, found: Sequence[Mapping[str, Any]]) 
     return OrderRun(name, plan, np.array([[sum(r) for r in s] for s in micro]), column("rest_s"), column("wall_s"), micro, column("loss")[:, 0], column("norm")[:, 0], column("tokens")[:, 0],
                     [[r["ids"] for r in s] for s in steps], np.array(found[0]["held_out"][name]).reshape(-1, 2), found[0]["first"][name])
 
-# %% ../../nbs/balance/75a_training.ipynb #44c4b29d
+# %% ../../nbs/balance/75a_training.ipynb #eb07bb47
 def calibration_packs(
     setup: Setup,
     count: int = 24,                  # timed packs for each degree
@@ -509,11 +511,12 @@ def calibrate(
     ranks: int = 2,
     degrees: Sequence[int] = (1,),  # sequence-parallel degrees that will be used
     count: int = 24,                # timed packs for each
+    repeats: int = 3,               # of each pack; the median counts
     backend: str = "gloo",
     maximum_error: float = 0.15,    # of `CostModel.fit`
 ) -> tuple[CostModel, list[dict[str, Any]]]:  # the model, the measured rows
     "Measure packs on real ranks and fit the cost model to them (hbp.md 2.5)."
-    found = run_ranks("modeltc_lab.balance.training", {"mode": "calibrate", "setup": asdict(setup), "packs": calibration_packs(setup, count, degrees)}, ranks=ranks, backend=backend)
+    found = run_ranks("modeltc_lab.balance.training", {"mode": "calibrate", "setup": asdict(setup), "packs": calibration_packs(setup, count, degrees), "repeats": repeats}, ranks=ranks, backend=backend)
     rows = [row for f in found for row in f["rows"]]
     return fit_setup(setup, rows, maximum_error, _where(setup, ranks, backend)), rows
 
@@ -594,7 +597,7 @@ def compare_orders(
 ) -> Comparison:
     "Fit the cost model, balance by it, and run every order on real ranks (hbp.md 2.5, 2.6; sections 5 and 9)."
     degrees = (1, ranks) if any(o.startswith("hbp:") for o in orders) else (1,)
-    told = {"mode": "compare", "setup": asdict(setup), "packs": calibration_packs(setup, calibration, degrees), "maximum_error": maximum_error, "source": _where(setup, ranks, backend), "orders": list(orders), "seeds": [int(s) for s in seeds],
+    told = {"mode": "compare", "setup": asdict(setup), "packs": calibration_packs(setup, calibration, degrees), "repeats": 3, "maximum_error": maximum_error, "source": _where(setup, ranks, backend), "orders": list(orders), "seeds": [int(s) for s in seeds],
             "accumulate": accumulate, "evaluate_every": evaluate_every}
     found = run_ranks("modeltc_lab.balance.training", told, ranks=ranks, backend=backend, timeout_s=7200)
     cost = CostModel(**found[0]["cost"])
