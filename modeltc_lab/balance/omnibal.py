@@ -25,7 +25,7 @@ from .packing import PackPlan
 from .partition import METHODS, RECOMPUTE, DoesNotFit, LayerProfile, PipelinePlan, analytic_profile, partition
 from .schedule import BalancedBatchSampler, StepSchedule, metrics, read_schedule, schedule, write_schedule
 from .simulator import Link, StageTimes, Timeline, simulate_pipeline
-from .vector_packing import Limits, check_limits, isf, pattern_pack, search_limits, vector_bound
+from .vector_packing import TILE_COST, Limits, check_limits, isf, pattern_pack, search_limits, vector_bound
 from ..core.results import Record, record
 
 # %% ../../nbs/balance/74_omnibal.ipynb #98ca8e21
@@ -116,7 +116,7 @@ def pack_samples(
     if data in ("padded", "grouped"):
         if limits is not None: raise ValueError(f"limits={limits}: data={data!r} has batches of a fixed number of samples; leave limits out or choose isf or patterns")
         return fixed_batches(features, int(np.ceil(target_batch)), seed, 50 if data == "grouped" else 0), None
-    found = search_limits(features, target_batch, score, ranks, seed=seed, **({} if weights is None else {"weights": weights})) if limits is None else None
+    found = search_limits(features, target_batch, score, ranks, seed=seed, weights=weights or (TILE_COST, 1.0)) if limits is None else None
     bounds = found.limits if found else check_limits(limits, 2)  # type: ignore[arg-type]
     return (isf(features, bounds, seed=seed, oversize=oversize) if data == "isf" else pattern_pack(features, bounds, seed, oversize)), found
 
@@ -436,7 +436,7 @@ def omnibal_ladder(
     for model in ("internvl-6b-20b", "internvl-6b-34b") if full else ("internvl-6b-20b",):
         for (stages, micro), base, pulled in product(layouts, ("parameters", "uniform"), PULLED):
             plans = lever_plans(found, pulled, {"method": base}, model=model, stages=stages, ranks=ranks, micro_batches=micro, hardware="a100", tp=tp, steps=None if full else steps)
-            more = dict(implementation="modeltc_lab", x_name="levers", seed=0, data=data,
+            more: dict[str, Any] = dict(implementation="modeltc_lab", x_name="levers", seed=0, data=data,
                         config={"model": model, "stages": stages, "ranks": ranks, "micro_batches": micro, "tp": tp, "hardware": "a100", "steps": plans[()].epoch.simulated, "of_steps": plans[()].epoch.steps, "plain": base, "simulated": True})
             name = f"{pulled}, {stages} stages, from {'equal parameters' if base == 'parameters' else 'equal layer counts'}" + ("" if model == "internvl-6b-20b" else ", 6+34B")
             for on, p in plans.items():

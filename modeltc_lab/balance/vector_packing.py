@@ -495,13 +495,13 @@ def search_limits(
         ranked, fine = sorted(filter(inside, trials.values()), key=lambda t: (t.score, t.limits)), max(_token_step(sizes) // 8, 1)
         by_tiles = dict[int, tuple[int, ...]]()
         for trial in ranked: by_tiles.setdefault(trial.limits[0], trial.limits)
-        for v, t in list(by_tiles.values())[:3]:
-            for k in range(-6, 7): attempt((v, t + k * fine))
+        for tiles, tokens in list(by_tiles.values())[:3]:
+            for k in range(-6, 7): attempt((tiles, tokens + k * fine))
     else:
         first = max(0, int(most[0]) - 4096 // unit, -(-(int(most[1]) - 4096) // unit))
         place = lambda i: (4096 // unit + i, 4096 + i * unit)
         i = first
-        while (t := attempt(place(i))) and t.samples_per_pack <= min(target_batch + 1, len(sizes) - 0.5): i += 1
+        while (made := attempt(place(i))) and made.samples_per_pack <= min(target_batch + 1, len(sizes) - 0.5): i += 1
         i = first - 1
         while not any(map(inside, trials.values())) and attempt(place(i)): i -= 1
     found, complete = [t for t in trials.values() if inside(t)], perf_counter() <= until
