@@ -200,9 +200,9 @@ def schedule_figure(
     seconds, begin, bars, waits, means = costs(s, cost), 0.0, [], [], step_lengths(s)
     for step in range(min(shown, s.steps)):
         took = seconds[s.offsets[step]:s.offsets[step + 1]].reshape(s.accumulate, -1).sum(0)
-        for rank, t in enumerate(np.repeat(took, s.world // len(took))):
-            bars.append((rank, begin, t))
-            waits.append((rank, begin + t, took.max() - t))
+        for who, t in enumerate(np.repeat(took, s.world // len(took))):
+            bars.append((who, begin, t))
+            waits.append((who, begin + t, took.max() - t))
         begin += took.max()
     fig = make_subplots(rows=2, cols=1, row_heights=[0.68, 0.32], vertical_spacing=0.19)
     for rows, name, fill in ((bars, "computing", viz.style("hbp").color), (waits, "waiting", "rgba(213,94,0,0.55)")):
@@ -473,7 +473,7 @@ def _fitted(model: str, stages: int, micros: int, memory_gb: float, recompute: s
     return partition(_profile(model), stages, micros, "dp", memory_gb * 1e9, recompute)
 
 
-def _held(plan: PipelinePlan) -> tuple[NDArray[np.float64], ...]:
+def _held(plan: PipelinePlan) -> tuple[NDArray[Any], ...]:
     "Bytes of every rank by cause; they add up to `stage_bytes`."
     p, flight = plan.worst or plan.profile, in_flight(pipeline_order(plan.schedule, plan.ranks, plan.micro_batches, plan.chunks))
     total = lambda a, times=1: np.bincount(plan.homes, times * np.add.reduceat(np.asarray(a, np.float64), plan.cuts[:-1]), plan.ranks)

@@ -225,9 +225,9 @@ def sim(
         rows = _frontier(w, policies, slots, seconds, limit, engine, changes, fleet, [] if rates is None else _numbers("rates", rates), warmup, drain, quiet)
         text = _chart(rows, limit, w) + _hint(policies, w, past, window)
         if report is not None:
-            from modeltc_lab.core.viz import page
+            from modeltc_lab.core import viz
             from modeltc_lab.serving.views import goodput_frontier
-            page(report, "modeltc-lab sim --frontier", text, goodput_frontier(rows, limit))
+            viz.page(report, "modeltc-lab sim --frontier", text, goodput_frontier(rows, limit))
         print(_json({"config": config, "frontier": rows}) if json else text)
         return
     _no("rates", **({} if rates is None else {"rates without --frontier": rates}))
@@ -236,9 +236,9 @@ def sim(
     summaries = [r.summary(limit, warmup, drain) for r in results]
     text = _table(summaries, limit, w, slots) + _hint(policies, w, past, window)
     if report is not None:
-        from modeltc_lab.core.viz import page
+        from modeltc_lab.core import viz
         from modeltc_lab.serving.views import memory_race
-        page(report, "modeltc-lab sim", text, memory_race(results))
+        viz.page(report, "modeltc-lab sim", text, memory_race(results))
     print(_json({"config": config, "results": summaries}) if json else text)
 
 
