@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTS', 'RATE', 'exact_llama', 'documents', 'gradients', 'reference', 'distance', 'accumulate', 'leak',
-           'LlamaStage', 'pipelined', 'ways', 'compare_ways', 'two_ranks', 'trainer_schedule', 'by_hand', 'train',
-           'expected_ids', 'main', 'parallel_equality']
+           'LlamaStage', 'pipelined', 'ways', 'compare_ways', 'two_ranks', 'together', 'trainer_schedule', 'by_hand',
+           'train', 'expected_ids', 'main', 'parallel_equality']
 
 # %% ../../nbs/balance/75b_equality.ipynb #506bdfe2
 import copy
@@ -135,7 +135,7 @@ def leak(
     inside = differ[:, at[changed]:at[changed + 1]].sum()
     return {"others": int(differ[:, :t].sum() - inside), "itself": int(inside)}
 
-# %% ../../nbs/balance/75b_equality.ipynb #eb98e6cc
+# %% ../../nbs/balance/75b_equality.ipynb #45b4a32b
 class LlamaStage(nn.Module):
     "Some layers of a Llama, the embedding before the first and the head behind the last; names of parameters as in the model."
 
@@ -146,13 +146,14 @@ class LlamaStage(nn.Module):
         last: int,
     ):
         super().__init__()
-        inner, count = model.model, len(model.model.layers)  # type: ignore[union-attr, arg-type]
+        whole: Any = model
+        inner, count = whole.model, len(whole.model.layers)
         if not 0 <= first < last <= count: raise ValueError(f"first={first}, last={last}: need a range of the model's {count} layers")
         self.model = nn.Module()
         if first == 0: self.model.embed_tokens = inner.embed_tokens
         self.model.layers = nn.ModuleDict({str(i): inner.layers[i] for i in range(first, last)})
         self.model.rotary_emb = inner.rotary_emb
-        if last == count: self.model.norm, self.lm_head = inner.norm, model.lm_head  # type: ignore[assignment]
+        if last == count: self.model.norm, self.lm_head = inner.norm, whole.lm_head
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
         if hasattr(self.model, "embed_tokens"): x = self.model.embed_tokens(x)  # type: ignore[operator]
@@ -179,13 +180,13 @@ def pipelined(
     loss_fn = lambda logits, target: global_token_loss(logits, target, tokens, shifted=True)
     engine = Schedule1F1B(PipelineStage(stage, rank, len(cuts) - 1, torch.device("cpu")), len(packs), loss_fn, scale_grads=False)
     losses: list[Tensor] = []
-    args = (together["input_ids"],) if rank == 0 else ()
-    engine.step(*args, position_ids=together["position_ids"], **({"target": targets, "losses": losses} if rank == last else {}))
+    given: dict[str, Any] = {"target": targets, "losses": losses} if rank == last else {}
+    engine.step(*((together["input_ids"],) if rank == 0 else ()), position_ids=together["position_ids"], **given)
     total = torch.stack(losses).sum().detach() if losses else torch.zeros((), dtype=torch.float64)
     dist.all_reduce(total)
     return float(total), gradients(stage)
 
-# %% ../../nbs/balance/75b_equality.ipynb #30b67133
+# %% ../../nbs/balance/75b_equality.ipynb #226f7533
 def _sharded(model: nn.Module) -> nn.Module:
     "FSDP2: every layer a group of parameters, the rest another."
     from torch.distributed.device_mesh import init_device_mesh
@@ -240,15 +241,15 @@ def ways(
     yield "degree 1, 2, 1", distance(_averaged(total, mine), truth)
     for name, packs, sp in (("FSDP2", [[few], [many]][rank], 1), ("FSDP2, two micro-batches", [[rows[0:1], rows[1:2]], [rows[2:4], rows[4:]]][rank], 1), ("FSDP2, sequence parallel", [list(rows)], 2)):
         mine = _sharded(fresh())
-        loss = accumulate(mine, packs, sequence.use(sp), 2, sync=_sync)
-        yield name, distance((_mean(loss), gradients(mine)), truth)
+        here = accumulate(mine, packs, sequence.use(sp), 2, sync=_sync)
+        yield name, distance((_mean(here), gradients(mine)), truth)
     count = len(model.model.layers)  # type: ignore[union-attr, arg-type]
     yield "pipeline", distance(pipelined(fresh(), [rows[:third], rows[third:2 * third], rows[2 * third:]], (0, count // 2, count), rank), truth)
     yield "pipeline, uneven stages", distance(pipelined(fresh(), [few, many], (0, 1, count), rank), truth)
     for kind in ("token_mean", "sample_mean", "sum"):
         yield f"biased: {kind}", data_parallel([[few, many][rank]], kind=kind)
 
-# %% ../../nbs/balance/75b_equality.ipynb #2aa63527
+# %% ../../nbs/balance/75b_equality.ipynb #28894248
 def _leak_across(rank: int, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     "The leak test on packs cut in two."
     sequence = SequenceParallel((2,), 2)
@@ -278,11 +279,16 @@ def two_ranks(
 ) -> dict[str, Any]:                     # ways: name -> largest difference of loss and gradient on any rank; leaks: values changed in other documents
     "Start two ranks and compare every way with the reference."
     if len(lengths) < 5: raise ValueError(f"lengths={list(lengths)}: need at least 5 documents to divide in all ways")
-    answers = run_ranks("modeltc_lab.balance.equality", {"lengths": list(lengths), "heads": heads, "kv_heads": kv_heads, "seed": seed}, backend=backend)
-    both = {name: {what: max(a["ways"][name][what] for a in answers) for what in ("loss", "gradient", "largest")} | {"parameters": [a["ways"][name]["parameters"] for a in answers]} for name in answers[0]["ways"]}
-    return {"ways": both, "leaks": sum(l["others"] for a in answers for l in a["leaks"]), "changed": min(l["itself"] for a in answers for l in a["leaks"]), "loss": answers[0]["loss"], "parameters": answers[0]["parameters"]}
+    return together(run_ranks("modeltc_lab.balance.equality", {"ways": {"lengths": list(lengths), "heads": heads, "kv_heads": kv_heads, "seed": seed}}, backend=backend))
 
-# %% ../../nbs/balance/75b_equality.ipynb #65424730
+
+def together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "The worst of what the ranks found."
+    worst = lambda name: {what: max(a["ways"][name][what] for a in answers) for what in ("loss", "gradient", "largest")} | {"parameters": [a["ways"][name]["parameters"] for a in answers]}
+    return {"ways": {name: worst(name) for name in answers[0]["ways"]}, "leaks": sum(l["others"] for a in answers for l in a["leaks"]), "changed": min(l["itself"] for a in answers for l in a["leaks"]),
+            "loss": answers[0]["loss"], "parameters": answers[0]["parameters"]}
+
+# %% ../../nbs/balance/75b_equality.ipynb #2badced1
 def trainer_schedule(seed: int = 0) -> tuple[list[dict[str, Any]], Any]:  # rows, StepSchedule
     "A small plan with everything in it: two groups with their own degree and checkpointed layers, two micro-batches, empty packs."
     from modeltc_lab.balance.cost import GroupSpec
@@ -310,7 +316,7 @@ def by_hand(
             g, packs = order.step(s)
             _, grads = reference(model, [rows[i] for p in packs.flat if p >= 0 for i in order.plans[g].pack(p)])
             with torch.no_grad():
-                for n, p in model.named_parameters(): p -= RATE * grads[n]
+                for n, weight in model.named_parameters(): weight.sub_(RATE * grads[n])
     return model
 
 
@@ -327,7 +333,7 @@ def train(
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Balanced(BalancedTrainer, Trainer): pass
+    class Balanced(BalancedTrainer, Trainer): pass  # type: ignore[misc]
 
     class Kill(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -353,13 +359,12 @@ def expected_ids(schedule: Any, rank: int, epochs: int, first: int = 0) -> list[
     orders = [schedule.epoch(e) for e in range(epochs)]
     return [orders[s // schedule.steps].item_ids(s % schedule.steps, m, rank).tolist() for s in range(first, epochs * schedule.steps) for m in range(schedule.accumulate)]
 
-# %% ../../nbs/balance/75b_equality.ipynb #869f0a5a
+# %% ../../nbs/balance/75b_equality.ipynb #00b9420c
 def main() -> None:
-    "A worker: all ways of dividing a step between two ranks, or a Trainer run."
+    "A worker: all ways of dividing a step between two ranks, a Trainer run, or one after the other."
     me, told = init(), arguments()
     if me.world != 2: raise ValueError(f"ranks={me.world}: this check divides a step between 2")
-    if "folder" in told: report(train(me.rank, **told))
-    else: report(compare_ways(me.rank, **told))
+    report((compare_ways(me.rank, **told["ways"]) if "ways" in told else {}) | (train(me.rank, **told["train"]) if "train" in told else {}))
 
 
 if __name__ == "__main__" and "RANK" in os.environ: main()

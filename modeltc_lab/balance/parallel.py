@@ -71,7 +71,7 @@ def _cause(
     if waiting := [r for r, c in enumerate(codes) if c is None]: return waiting[0]
     return failed[0]
 
-# %% ../../nbs/balance/75_parallel.ipynb #7796726b
+# %% ../../nbs/balance/75_parallel.ipynb #772f4737
 def _free_port() -> int:
     "A port nobody listens on, for libraries that look at MASTER_PORT; the ranks themselves meet in a file."
     import socket
@@ -82,12 +82,12 @@ def _free_port() -> int:
 
 def _environment(rank: int, ranks: int, port: int, folder: Path, backend: str, threads: int, paths: Sequence[str | Path]) -> dict[str, str]:
     "What a worker finds: torchrun's variables, one thread, the package where it is not installed."
-    paths = list(map(str, paths))
+    more_paths = [str(p) for p in paths]
     try: metadata.distribution("modeltc_lab")
-    except metadata.PackageNotFoundError: paths.append(str(Path(sys.modules["modeltc_lab"].__path__[0]).parent))
+    except metadata.PackageNotFoundError: more_paths.append(str(Path(sys.modules["modeltc_lab"].__path__[0]).parent))
     more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": 1, "PYTHONFAULTHANDLER": 1, "TOKENIZERS_PARALLELISM": "false",
-            _FOLDER: folder, "MODELTC_RANKS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
+            _FOLDER: folder, "MODELTC_RANKS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([*more_paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
     local = {name: "lo" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} if sys.platform == "linux" else {}
     return {**local, **os.environ, **{k: str(v) for k, v in more.items()}}
 
@@ -244,7 +244,7 @@ def report(
         unfinished.rename(Path(folder) / f"report{rank}.json")
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../../nbs/balance/75_parallel.ipynb #b941697c
+# %% ../../nbs/balance/75_parallel.ipynb #c044117e
 ATTENTION = "modeltc_varlen"
 
 
@@ -305,9 +305,9 @@ def varlen_forward(
         where = position_ids if position_ids is not None else torch.arange(t, device=query.device)[None]
         cu_seq_lens_q = _kept(where, f"bounds {b}", lambda: document_bounds(where, b))
     if sliding_window is not None and sliding_window < (max_length_q or int(cu_seq_lens_q.diff().max())): raise ValueError(f"{ATTENTION}: sliding_window={sliding_window} is shorter than the longest document; choose another attn_implementation")
-    flat = [x.transpose(1, 2).reshape(b * t, x.shape[1], x.shape[3]) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2).reshape(b * t, x.shape[1], x.shape[3]) for x in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    out = ulysses_attention(*flat, cu_seq_lens_q, sequence_group, max_length_q, causal, scaling)
+    out = ulysses_attention(q, k, v, cu_seq_lens_q, sequence_group, max_length_q, causal, scaling)
     return out.view(b, t, *out.shape[1:]), None
 
 
@@ -585,15 +585,15 @@ def normalised_loss(
     sums, n = each.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, each), each.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, counts.to(each.dtype))
     return (sums / n.clamp(min=1)).sum() / (n > 0).sum().clamp(min=1) / accumulate
 
-# %% ../../nbs/balance/75_parallel.ipynb #2cd161b6
+# %% ../../nbs/balance/75_parallel.ipynb #d7283cb2
 def decoder_layers(
     model: nn.Module,  # of transformers, wrapped or not
 ) -> Sequence[nn.Module]:
     "The layers of a decoder: its longest list of modules that can be checkpointed."
     from transformers.modeling_layers import GradientCheckpointingLayer
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(x, GradientCheckpointingLayer) for x in m)]
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(x, GradientCheckpointingLayer) for x in m)]
     if not lists: raise ValueError(f"model={type(model).__name__}: found no list of transformers' GradientCheckpointingLayer; give `layers`")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda x: len(x)))
 
 
 def checkpoint_layers(
@@ -611,7 +611,7 @@ def checkpoint_layers(
         layer.gradient_checkpointing = i < count  # type: ignore[assignment]
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
-# %% ../../nbs/balance/75_parallel.ipynb #d7629a40
+# %% ../../nbs/balance/75_parallel.ipynb #f64f9e54
 PLAN_FILE = "balance.json"  # in a checkpoint: which schedule it belongs to
 
 
@@ -666,7 +666,8 @@ class BalancedTrainer:
             def set_epoch(self, epoch: int) -> None: self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
         given, rows = self.args, self.train_dataset  # type: ignore[attr-defined]
-        return Packs(PackedDataset(rows) if self.sampler.pieces else rows, batch_sampler=self.sampler, collate_fn=self.data_collator, num_workers=given.dataloader_num_workers,  # type: ignore[attr-defined]
+        data: Any = PackedDataset(rows) if self.sampler.pieces else rows
+        return Packs(data, batch_sampler=self.sampler, collate_fn=self.data_collator, num_workers=given.dataloader_num_workers,  # type: ignore[attr-defined]
                      pin_memory=given.dataloader_pin_memory and given.device.type == "cuda", persistent_workers=given.dataloader_persistent_workers, prefetch_factor=given.dataloader_prefetch_factor)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:

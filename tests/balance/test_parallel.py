@@ -279,8 +279,17 @@ def test_trainer_refuses_a_plan_that_does_not_fit(tmp_path, change, options, wor
 
 # two ranks
 
-def test_every_way_of_dividing_a_step_gives_the_same_loss_and_gradients():
-    found = equality.two_ranks(lengths=(5, 9, 1, 3, 7, 4), kv_heads=1, seed=5)
+@pytest.fixture(scope="module")
+def answers():
+    "Two ranks that divide a step in every way, then go on with a Trainer run in which a rank was killed: first the error of that run."
+    _, plan = equality.trainer_schedule()
+    with TemporaryDirectory() as folder:
+        with pytest.raises(RankError) as error: run_ranks("modeltc_lab.balance.equality", {"train": {"folder": folder, "kill_at": plan.steps + 1}})
+        return error.value, run_ranks("modeltc_lab.balance.equality", {"ways": {"lengths": [5, 9, 1, 3, 7, 4], "heads": 4, "kv_heads": 1, "seed": 5}, "train": {"folder": folder, "resume": True}})
+
+
+def test_every_way_of_dividing_a_step_gives_the_same_loss_and_gradients(answers):
+    found = equality.together(answers[1])
     exact = {n: d for n, d in found["ways"].items() if not n.startswith("biased")}
     assert {"sequence parallel", "FSDP2", "pipeline", "degree 1, 2, 1", "data parallel, a rank without documents", "data parallel, two micro-batches"} <= set(exact)
     assert max(max(d["loss"], d["gradient"]) for d in exact.values()) < 1e-12 and all(d["largest"] > 1e-2 for d in exact.values())
@@ -289,13 +298,11 @@ def test_every_way_of_dividing_a_step_gives_the_same_loss_and_gradients():
     assert found["leaks"] == 0 < found["changed"]
 
 
-def test_a_trainer_that_loses_a_rank_resumes_with_exactly_the_documents_that_were_left():
-    _, plan = equality.trainer_schedule()
+def test_a_trainer_that_loses_a_rank_resumes_with_exactly_the_documents_that_were_left(answers):
+    (error, ends), (_, plan) = answers, equality.trainer_schedule()
+    assert (error.rank, error.code) == (1, -9) and "SIGKILL" in str(error)
     assert {g.sp for g in plan.groups} == {1, 2} and (plan.packs < 0).any()
     first = (plan.steps + 1) // 2 * 2
-    with TemporaryDirectory() as folder:
-        with pytest.raises(RankError, match="rank 1 of 2.*SIGKILL"): run_ranks("modeltc_lab.balance.equality", {"folder": folder, "kill_at": plan.steps + 1})
-        ends = run_ranks("modeltc_lab.balance.equality", {"folder": folder, "resume": True})
     assert [e["ids"] for e in ends] == [equality.expected_ids(plan, r, 2, first) for r in range(2)]
     assert max(e["parameter"] for e in ends) < 1e-12 < 1e-2 < ends[0]["largest"]
 
