@@ -28,7 +28,7 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    "A capacity and how packs of it are run (hbp.md 2.2)."
+    "A capacity and how packs of it are run (HBP, Algorithms 1, 3 and 4)."
 
     length: int         # tokens a pack holds
     sp: int = 1         # ranks that share a pack
@@ -242,7 +242,7 @@ def hardware_of(
 # %% ../../nbs/balance/71b_cost.ipynb #67ea1187
 @dataclass(frozen=True)
 class CostModel:
-    "Seconds of a pack on one rank: forward, backward, recomputation, exchange (hbp.md 2.5)."
+    "Seconds of a pack on one rank: forward, backward, recomputation, exchange (HBP, appendix D)."
 
     token_s: float                # a: per token
     square_s: float = 0.0         # b: per squared token of a document
@@ -427,7 +427,7 @@ def fit_cost(
     base: CostModel | None = None,         # what is known and not fitted: layers, shares of a forward, payload of exchanges
     source: str = "",                      # where the steps were measured
 ) -> CostModel:
-    "Non-negative least squares on measured steps, with the error on held-out steps (hbp.md 2.5)."
+    "Non-negative least squares on measured steps, with the error on held-out steps (HBP, appendix D)."
     from scipy.optimize import nnls
     rows = list(records)
     steps, known = _steps(rows), base or CostModel(token_s=1.0)

@@ -28,7 +28,7 @@ from ..core.results import Record, record
 IntArray = NDArray[np.int64]
 Fill = Literal["greedy", "none", "shortest_room"]
 FILLS: tuple[Fill, ...] = ("greedy", "none", "shortest_room")
-SPLIT = (GroupSpec(16384, 1, 28), GroupSpec(131072, 8, 29))  # what the paper's profiling chose for Llama-3.1-8B on 32 H100 (hbp.md 2.2)
+SPLIT = (GroupSpec(16384, 1, 28), GroupSpec(131072, 8, 29))  # what the paper's profiling chose for Llama-3.1-8B on 32 H100 (HBP, Algorithms 1, 3 and 4)
 
 
 def group_of(
@@ -77,7 +77,7 @@ def hierarchical_pack(
     oversize: str = "error",               # documents longer than the longest group: error, drop, truncate or split
     seed: int = 0,                         # of isf
 ) -> tuple[PackPlan, ...]:                 # one a group, shortest first
-    "Pack the groups, the longest first, each filled with what fits of the shorter ones (hbp.md 2.3, Algorithms 2, 5, 6)."
+    "Pack the groups, the longest first, each filled with what fits of the shorter ones (HBP, Algorithms 2, 5, 6)."
     if fill not in FILLS: raise ValueError(f"fill={fill!r}: need one of {', '.join(FILLS)}")
     specs, a = check_groups(groups), check_lengths(lengths)
     ids, sizes, starts, dropped, cut = pieces(a, specs[-1].length, oversize)
@@ -132,8 +132,8 @@ def check_plans(
 
 # %% ../../nbs/balance/72_hbp.ipynb #e903683f
 CAPACITY = 131072
-CANDIDATES = (8192, 16384, 32768, 65536, 131072)  # group lengths that are profiled (hbp.md 2.2)
-LARGEST_ERROR = 0.15                              # of a fitted cost model, beyond it nothing is planned (hbp.md 2.5)
+CANDIDATES = (8192, 16384, 32768, 65536, 131072)  # group lengths that are profiled (HBP, Algorithms 1, 3 and 4)
+LARGEST_ERROR = 0.15                              # of a fitted cost model, beyond it nothing is planned (HBP, appendix D)
 
 
 @dataclass(frozen=True, eq=False)

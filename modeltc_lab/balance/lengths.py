@@ -48,7 +48,7 @@ def check_lengths(
     lengths: ArrayLike,     # (n,) tokens of each document
     name: str = "lengths",  # of the argument, for the message
 ) -> IntArray:              # (n,) the same as int64, not copied where it is already
-    "Document lengths: whole numbers above 0, at least one of them (hbp.md 9, errors)."
+    "Document lengths: whole numbers above 0, at least one of them."
     a = _whole(lengths, name, 1, "tokens")
     if a.ndim != 1: raise ValueError(f"{name}: got an array of shape {a.shape}, need one number a document")
     if not len(a): raise ValueError(f"{name}: got none, need at least one document")
@@ -59,7 +59,7 @@ def check_sizes(
     sizes: ArrayLike,     # (n, k) what each sample takes of each resource, the last column tokens
     name: str = "sizes",  # of the argument, for the message
 ) -> IntArray:            # (n, k) the same as int64
-    "Samples of several resources: whole numbers of at least 0, none of them zero throughout (omnibal.md 9, errors)."
+    "Samples of several resources: whole numbers of at least 0, none of them zero throughout."
     a = _whole(sizes, name, 0, "units")
     if a.ndim != 2 or not a.shape[1]: raise ValueError(f"{name}: got an array of shape {a.shape}, need one row a sample and one column a resource")
     if not len(a): raise ValueError(f"{name}: got none, need at least one sample")
@@ -119,7 +119,7 @@ class Samples:
         return Samples(self.sizes[rows], self.names, self.source, self.generated, None if self.labels is None else self.labels[rows])
 
 # %% ../../nbs/balance/70_lengths.ipynb #7000a012
-SHORT_MEDIAN, SHORT_SIGMA, SHORT_RANGE, LONG_RANGE = 480, 1.05, (16, 32_768), (8_192, 131_072)  # hbp.md 2.8
+SHORT_MEDIAN, SHORT_SIGMA, SHORT_RANGE, LONG_RANGE = 480, 1.05, (16, 32_768), (8_192, 131_072)
 
 
 def _count(name: str, n: int, low: int = 0) -> int:
@@ -133,7 +133,7 @@ def long_context_mix(
     longs: int = 2_000,     # long documents
     seed: int = 0,          # of lengths and order
 ) -> IntArray:              # (shorts + longs,) tokens, shuffled
-    "A generated mix of short and long documents, calibrated to the figures of the HBP paper (hbp.md 2.8)."
+    "A generated mix of short and long documents, calibrated to the figures of the HBP paper."
     rng, shorts, longs = np.random.default_rng(seed), _count("shorts", shorts), _count("longs", longs)
     if not shorts + longs: raise ValueError("shorts=0, longs=0: need at least one document")
     body = np.clip(np.rint(rng.lognormal(np.log(SHORT_MEDIAN), SHORT_SIGMA, shorts)), *SHORT_RANGE).astype(np.int64)
@@ -153,7 +153,7 @@ def describe(
 # %% ../../nbs/balance/70_lengths.ipynb #7000a019
 TILE_TOKENS = 256                     # tokens a tile takes in the language model
 VLM_LISTS = "omnibal_internvl_sft_lengths"
-VLM_SUBSETS: dict[str, tuple[int, dict[int, int], tuple[int, int, int]]] = {  # samples, samples by tiles, quantiles 50/90/99 of the text's tokens: omnibal.md 2.6
+VLM_SUBSETS: dict[str, tuple[int, dict[int, int], tuple[int, int, int]]] = {  # samples, samples by tiles, quantiles 50/90/99 of the text's tokens
     "ai2d_train_12k": (12_413, {1: 5793, 3: 3710, 4: 603, 5: 2307}, (52, 67, 99)), "chartqa_train_18k": (18_317, {1: 579, 3: 1096, 4: 14, 5: 16_628}, (66, 170, 321)),
     "docvqa_train_10k": (10_211, {1: 15, 3: 1895, 4: 35, 5: 8266}, (231, 577, 866)), "synthdog_en": (29_765, {3: 17_276, 5: 12_489}, (110, 187, 278))}
 
@@ -162,7 +162,7 @@ def generated_vlm_samples(
     n: int,         # samples wanted
     seed: int = 0,  # of the draws
 ) -> Samples:       # tiles and tokens
-    "Samples drawn from the counts and quantiles of the four lists (omnibal.md 2.6); below the median the text is taken as no shorter than half of it."
+    "Samples drawn from the counts and quantiles of the four lists; below the median the text is taken as no shorter than half of it."
     rng, n = np.random.default_rng(seed), _count("n", n, 1)
     share = np.array([s[0] for s in VLM_SUBSETS.values()], dtype=np.float64)
     which = rng.choice(len(share), n, p=share / share.sum())

@@ -321,7 +321,7 @@ def _most_packs(lengths: IntArray, capacity: int) -> int:
 
 @njit(cache=True)
 def _bfd(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
-    "Best fit decreasing: pack of each document, and how many packs (hbp.md 2.3, any packer)."
+    "Best fit decreasing: pack of each document, and how many packs (HBP takes any packer)."
     pack_of, packs = np.empty(len(lengths), np.int64), 0
     newest = np.full(capacity + 1, -1, np.int64)                          # of the packs with this room
     older = np.empty(_most_packs(lengths, capacity), np.int64)            # the next in the chain of the same room
@@ -392,7 +392,7 @@ def _sample(pool: IntArray, lengths: IntArray, capacity: int, accept: int, pack_
 
 
 def _isf(lengths: IntArray, capacity: int, rounds: int, seed: int, stop: float = 1e-3, patience: int = 5) -> tuple[IntArray, int]:
-    "Iterative sampling and filtering of one resource: pack of each document, and how many packs (omnibal.md 2.2)."
+    "Iterative sampling and filtering of one resource: pack of each document, and how many packs (OmniBal, Algorithm 1)."
     rng, pool, pack_of, packs = np.random.default_rng(seed), np.arange(len(lengths)), np.empty(len(lengths), np.int64), 0
     accept, poor = capacity - min(128, capacity // 32), 0
     for r in range(rounds):
@@ -451,7 +451,7 @@ def pack(
     oversize: str = "error",  # what becomes of documents longer than a pack: one of `OVERSIZE`
     rounds: int = 50,        # of "isf", >= 1
 ) -> PackPlan:               # packs in the order they were opened
-    "Put documents into packs, by their lengths only (hbp.md 2.3, omnibal.md 2.2)."
+    "Put documents into packs, by their lengths only (HBP, Algorithm 2; OmniBal, Algorithm 1)."
     if method not in METHODS: raise ValueError(f"method={method!r}: need one of {', '.join(METHODS)}")
     if isinstance(rounds, bool) or not isinstance(rounds, int | np.integer) or rounds < 1: raise ValueError(f"rounds={rounds}: need a whole number of at least 1")
     ids, sizes, starts, dropped, cut = pieces(check_lengths(lengths), check_capacity(capacity), oversize)
@@ -478,7 +478,7 @@ def lower_bound(
     lengths: ArrayLike,  # (n,) tokens, none above `capacity`
     capacity: int,       # tokens of a pack
 ) -> Bound:
-    "The fewest packs that could do: volume, and Martello and Toth's L2 over all thresholds (hbp.md 2.7)."
+    "The fewest packs that could do: volume, and Martello and Toth's L2 over all thresholds."
     a, c = check_lengths(lengths), check_capacity(capacity)
     if a.max() > c: raise ValueError(f"lengths[{int(a.argmax())}]={a.max()} is more than capacity={c}; bound the plan's own lengths (`plan.lengths`), or give a larger capacity")
     count = np.bincount(a, minlength=c + 1)

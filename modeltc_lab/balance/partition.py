@@ -365,7 +365,7 @@ def profile_layers(
     repeats: int = 5,                                      # of each time; the median counts
     optimizer_bytes: float = 8.0,                          # a trained parameter's share of the optimizer: two 32-bit moments
 ) -> LayerProfile:
-    "Measure a profile layer by layer (omnibal.md 2.3)."
+    "Measure a profile layer by layer (OmniBal, model partition)."
     import torch
     batches = [sample_batch] if isinstance(sample_batch, Mapping) else list(sample_batch)
     if not batches or repeats < 1: raise ValueError(f"sample_batch: {len(batches)} micro-batches, repeats={repeats}: need at least one of each")
@@ -453,7 +453,7 @@ def anchor_cuts(
     weights: Array,  # [L] forward times
     stages: int,
 ) -> NDArray[np.int64]:
-    "Each cut where the time so far is nearest to its share (omnibal.md 2.3, step 2)."
+    "Each cut where the time so far is nearest to its share (OmniBal, model partition, step 2)."
     _check_stages(len(weights), stages)
     total, cuts = np.r_[0.0, np.cumsum(weights)], [0]
     for k in range(1, stages):
@@ -469,7 +469,7 @@ def omnibal_candidates(
     top: int = 5,          # how many to keep
     link: Link = Link(),   # prices what is sent
 ) -> tuple[NDArray[np.int64], Array, int]:  # [k, S + 1] cuts, best first; their scores; how many partitions were ranked
-    "The best partitions near the anchor by VAR / mean^2 + sent / mean of the forward times (omnibal.md 2.3, steps 2 to 4): a sum over stages, so the best come from a recursion instead of a list of all."
+    "The best partitions near the anchor by VAR / mean^2 + sent / mean of the forward times (OmniBal, model partition, steps 2 to 4): a sum over stages, so the best come from a recursion instead of a list of all."
     if radius < 0 or top < 1: raise ValueError(f"radius={radius}, top={top}: need a radius of 0 or more and a top of 1 or more")
     anchor, total, n = anchor_cuts(profile.forward_s, stages), np.r_[0.0, np.cumsum(profile.forward_s)], len(profile)
     mean, send_s = total[-1] / stages, profile.output_bytes / link.bytes_s
@@ -853,7 +853,7 @@ def partition(
     top: int = 5,                              # candidates of the paper's search that are tried
     link: Link = Link(),                       # between stages
 ) -> PipelinePlan:
-    "Cut a model into stages and choose what is computed again (omnibal.md 2.3, 2.4)."
+    "Cut a model into stages and choose what is computed again (OmniBal, model partition and adaptive re-computation)."
     for name, given, allowed in (("method", method, METHODS), ("recompute", recompute, RECOMPUTE)):
         if given not in allowed: raise ValueError(f"{name}={given!r}: need one of {', '.join(allowed)}")
     if micro_batches < 1: raise ValueError(f"micro_batches={micro_batches}: need at least 1")
@@ -891,12 +891,12 @@ def partition(
 
 # %% ../../nbs/balance/73_partition.ipynb #8aace1e1
 SPECIFIED = {("parameters", 4): (1.559, 1.587), ("parameters", 8): (1.663, 1.750), ("uniform", 4): (1.202, 1.290), ("uniform", 8): (1.221, 1.433), ("anchor", 4): (1.005, 1.099), ("anchor", 8): (1.039, 1.249),
-             ("omnibal", 4): (1.005, 1.099), ("omnibal", 8): (1.039, 1.249), ("dp", 4): (1.005, 1.099), ("dp", 8): (1.039, 1.251)}  # max / mean stage and makespan / ideal, omnibal.md 2.5
+             ("omnibal", 4): (1.005, 1.099), ("omnibal", 8): (1.039, 1.249), ("dp", 4): (1.005, 1.099), ("dp", 8): (1.039, 1.251)}  # max / mean stage and makespan / ideal of a prototype
 WAYS = ("parameters", "uniform", "anchor", "omnibal", "dp", "dp, moved")
 
 
 def specified_profile() -> LayerProfile:
-    "The layers of omnibal.md 2.5: 45 + 48 + head, nine tiles and one document of 4096 tokens, backward twice the forward."
+    "The layers of the prototype: 45 + 48 + head, nine tiles and one document of 4096 tokens, backward twice the forward."
     counted = Hardware("counted operations", 1e15, matmul_efficiency=1.0, attention_efficiency=1.0, memory_bandwidth=1e30)   # times in proportion to operations
     p = analytic_profile("internvl-6b-20b", tiles=9, tokens=4096, hardware=counted).without("projector", "embedding")
     return replace(p, backward_s=2 * p.forward_s, weight_s=p.forward_s, square_backward_s=2 * p.square_forward_s, source=f"{p.source}, as specified")
@@ -918,7 +918,7 @@ def omnibal_partition(
     micro_batches: int = 32,
     profiles: Sequence[str] = tuple(PROFILES),  # beside the specified one
 ) -> list[Record]:              # one a case, stages, way to cut and figure
-    "Max / mean stage, makespan / ideal and seconds of planning by the way a model is cut (omnibal.md 2.5)."
+    "Max / mean stage, makespan / ideal and seconds of planning by the way a model is cut."
     cases = {"as specified": specified_profile(), **{n: analytic_profile(n) for n in profiles}}
     out = []
     for case, profile in cases.items():
@@ -932,7 +932,7 @@ def omnibal_partition(
                 for (metric, unit), v in figures.items():
                     out.append(record("balance", "omnibal_partition", way, metric, unit, [v], implementation="modeltc_lab", x_name="stages", x=stages, config={"profile": case, "micro_batches": micro_batches}, data=profile.source))
                 for (metric, unit), v in zip(figures, SPECIFIED.get((way, stages), ()) if case == "as specified" else ()):
-                    out.append(record("balance", "omnibal_partition", f"{way} (omnibal.md 2.5)", metric, unit, [v], implementation="prototype of the specification", x_name="stages", x=stages, config={"profile": case, "micro_batches": micro_batches}))
+                    out.append(record("balance", "omnibal_partition", f"{way}, prototype", metric, unit, [v], implementation="prototype", x_name="stages", x=stages, config={"profile": case, "micro_batches": micro_batches}))
     return out
 
 
@@ -954,7 +954,7 @@ def omnibal_recompute(
     full: bool = False,        # memory in steps of 2 GiB instead of 8
     micro_batches: int = 32,
 ) -> list[Record]:             # one a case, memory, way and figure; none where a way does not fit
-    "Makespan by memory for recomputation found with the cuts, after them, and everywhere (omnibal.md 2.4)."
+    "Makespan by memory for recomputation found with the cuts, after them, and everywhere (OmniBal, adaptive re-computation)."
     out = []
     for name, tp, stages in (("internvl-6b-20b", 4, 4), ("internvl-6b-20b", 2, 8), ("internvl-6b-34b", 4, 8)):
         profile = analytic_profile(name, tp=tp)

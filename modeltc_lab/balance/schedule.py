@@ -46,7 +46,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class StepSchedule:
-    "Which pack every rank works on, in every micro-batch of every step (hbp.md 2.3)."
+    "Which pack every rank works on, in every micro-batch of every step (HBP, Algorithms 2, 5 to 7)."
 
     plans: tuple[PackPlan, ...]      # packs of each group
     groups: tuple[GroupSpec, ...]    # in the same order, shortest first
@@ -259,14 +259,14 @@ def schedule(
     groups: GroupSpec | Sequence[GroupSpec] | None = None,      # one a plan; None: no sequence parallelism, nothing checkpointed
     cost: CostModel | None = None,                              # seconds of a pack; None: DEFAULT_COST
     balance: str = "window:32",                                 # random, sort, window:W or lpt
-    curriculum_steps: int = 0,                                  # first steps from the shortest group only (hbp.md 2.4)
+    curriculum_steps: int = 0,                                  # first steps from the shortest group only (HBP, training pipeline)
     accumulate: int = 1,                                        # micro-batches a step
     seed: int = 0,
     *,
     key: str = "cost",                                          # cost, attention or tokens: what sort and window sort by
     epoch: int = 0,                                             # another epoch, another order
 ) -> StepSchedule:
-    "Deal packs to ranks, step by step (hbp.md 2.3, 2.4, 2.6)."
+    "Deal packs to ranks, step by step (HBP, Algorithms 2, 5 to 7 and training pipeline)."
     world, accumulate, curriculum_steps = _whole("world", world, 1), _whole("accumulate", accumulate, 1), _whole("curriculum_steps", curriculum_steps, 0)
     plans, groups = _matched(plans, groups, world)
     cost, order, rng = cost or DEFAULT_COST, parse_balance(balance, accumulate), np.random.default_rng([_whole("seed", seed, 0), _whole("epoch", epoch, 0)])
@@ -332,7 +332,7 @@ def time_bound(
     ranks: int,           # packs that are worked on at the same time
     accumulate: int = 1,
 ) -> float:               # seconds
-    "No order of these packs is faster (hbp.md 2.7)."
+    "No order of these packs is faster."
     ordered = np.sort(seconds)
     return max(float(seconds.sum() / ranks), float(ordered[::-1][::ranks * accumulate].sum()), float(ordered[:-(-len(seconds) // ranks)].sum()))
 

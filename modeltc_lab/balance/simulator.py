@@ -373,7 +373,7 @@ def simulate_pipeline(
     allreduce_s: ArrayLike = 0.0,               # [S] or one number: gradients of a stage over its data ranks, at the end
     homes: ArrayLike | None = None,             # [S] rank of each stage, for an order of your own
 ) -> Timeline:
-    "Run one training step: N data ranks, each a pipeline, that meet in an all-reduce (omnibal.md 2.5)."
+    "Run one training step: N data ranks, each a pipeline, that meet in an all-reduce."
     times, made_for = _times_of(plan)
     f, r, i, w, size = times.spread(micros, micro_batch_costs)
     if micros is None and micro_batch_costs is None and f.shape[1] == 1 and made_for: f, r, i, w, size = times.spread(made_for)

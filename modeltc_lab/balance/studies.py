@@ -104,7 +104,7 @@ def hbp_ablation(
     cases: Sequence[str] = tuple(CASES),  # keys of `CASES`; with each the row it is compared with
     scale: float = 1,                    # share of the documents
 ) -> list[Record]:
-    "Rows of the paper's ablation, its packers, groups and models, simulated (hbp.md 4)."
+    "Rows of the paper's ablation, its packers, groups and models, simulated (HBP, tables)."
     names = list(dict.fromkeys(n for c in cases for n in (CASES[c].base, c)))
     seeds, out = range(5 if full else 2), []
     found = dict(zip(names, over_seeds(case_run, [{"name": n, "scale": scale} for n in names], seeds, desc="ablation")))
@@ -177,7 +177,7 @@ def hbp_orders(
     full: bool = False,  # five seeds instead of two
     scale: float = 1,    # share of the documents
 ) -> list[Record]:
-    "Plans, orders and micro-batches a step: idle time, and how alike the packs of a step are (hbp.md 2.6)."
+    "Plans, orders and micro-batches a step: idle time, and how alike the packs of a step are."
     seeds, out = range(5 if full else 2), []
     runs = over_seeds(order_run, [{"scale": scale}], seeds, desc="orders")[0]
     for key in runs[0]:
@@ -207,7 +207,7 @@ def hbp_generator(
     full: bool = False,  # five seeds instead of two
     scale: float = 1,    # share of the documents
 ) -> list[Record]:
-    "The generated documents beside figures the paper prints for its own (hbp.md 2.8)."
+    "The generated documents beside figures the paper prints for its own."
     seeds = range(5 if full else 2)
     runs = over_seeds(generator_run, [{"scale": scale}], seeds, desc="generator")[0]
     name = lambda key, i: key.split("|")[i]
@@ -278,7 +278,7 @@ def cost_fit(
     packs: int | None = None,    # how many are timed
     capacity: int | None = None,  # tokens of a pack
 ) -> list[Record]:
-    "Real steps on this device: error of the fitted model on steps held out, and orders replayed with measured times (hbp.md 2.5)."
+    "Real steps on this device: error of the fitted model on steps held out, and orders replayed with measured times (HBP, appendix D)."
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = "0.5b" if device == "cuda" else "small" if full else "tiny"

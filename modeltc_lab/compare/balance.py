@@ -86,7 +86,7 @@ def naive_isf(
     seed: int = 0,
     slack: int = 128,        # tokens that may be missing in a pack that is kept
 ) -> list[list[int]]:        # documents of each pack
-    "Iterative sampling and filtering in plain Python (omnibal.md 2.2, Algorithm 1): all rounds, the last one keeps everything."
+    "Iterative sampling and filtering in plain Python (OmniBal, Algorithm 1): all rounds, the last one keeps everything."
     rng, pool, packs = random.Random(seed), list(range(len(lengths))), []
     for r in range(rounds):
         rng.shuffle(pool)
@@ -282,7 +282,7 @@ def packing(
     sizes: Sequence[int] | None = None,  # documents; None: one million, and ten where full
     repeats: int = 5,                    # timed runs of each
 ) -> list[Record]:
-    "This package's packers on the long-context mix: seconds, packs against the bound, fill, idle (hbp.md 5, bar 1 and 2)."
+    "This package's packers on the long-context mix: seconds, packs against the bound, fill, idle."
     out = list[Record]()
     for n in sizes or ((1_000_000, 10_000_000) if full else (1_000_000,)):
         lengths = mix_of(n)
@@ -317,7 +317,7 @@ def packing_peers(
     documents: int | None = None,                         # of the mix; None: by `full`
     repeats: int = 5,                                     # of the side-by-side timing
 ) -> list[Record]:
-    "All packers on the same lengths in one run (hbp.md 5)."
+    "All packers on the same lengths in one run."
     take_part(contestants)
     lengths, out = mix_of(documents or (941_344 if full else 94_134)), list[Record]()
     for name in tqdm(contestants, desc="packing peers", leave=False):
@@ -344,7 +344,7 @@ def packing_peers(
 
 # %% ../../nbs/compare/92_balance.ipynb #9200a033
 RANKS, BATCH, README_LIMITS = 8, 4, (9, 4096)
-VLM_COST = CostModel(token_s=1e-6, tile_s=TILE_COST * 1e-6, source="tiles of InternViT-6B in tokens of a 20B model (omnibal.md 2.6)")
+VLM_COST = CostModel(token_s=1e-6, tile_s=TILE_COST * 1e-6, source="tiles of InternViT-6B in tokens of a 20B model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +402,7 @@ def sampling_peers(
     seeds: Sequence[int] | None = None,
     limits: tuple[int, int] | None = None,  # of tiles and tokens; None: searched
 ) -> list[Record]:
-    "Batches of vision-language samples: fixed and random, grouped by length, packed by this package; ratios and idle on eight ranks (omnibal.md 2.6, 5)."
+    "Batches of vision-language samples: fixed and random, grouped by length, packed by this package; ratios and idle on eight ranks."
     s, seeds, out = samples or vlm_samples(), seeds or (range(5) if full else range(2)), list[Record]()
     search = None if limits else search_limits(s.sizes, BATCH, ranks=RANKS, budget_s=120)
     found = search.limits if search else limits

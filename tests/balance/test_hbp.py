@@ -155,7 +155,7 @@ def test_plan_in_one_call(mix):
     plan.schedule.check()
     s = plan.summary()
     assert set(s) >= {"bins", "lower_bound", "utilisation", "idle", "abr", "dbr", "cr", "plan_s"}
-    assert [g["length"] for g in s["groups"]] == [16384, 131072] and [g["sp"] for g in s["groups"]] == [1, 8]           # hbp.md 2.2, the paper's own choice for this model
+    assert [g["length"] for g in s["groups"]] == [16384, 131072] and [g["sp"] for g in s["groups"]] == [1, 8]           # the paper's own choice for this model
     assert s["bins"] - s["lower_bound"] <= 2 and s["lost_tokens"] == 0 and s["tokens"] == mix.sum() and 0 < s["plan_s"] < 600 and plan.bound == s["lower_bound"]
     assert metrics(plan.schedule) == plan.metrics
     json.dumps(s)
@@ -206,7 +206,7 @@ def test_plan_packing_refuses(arguments, message):
 
 
 def test_generated_mix_gives_the_papers_imbalances():
-    "hbp.md 2.8: ABR of one group under ISF, ABR and CR of the two groups sorted; a quarter of the data, so with some slack."
+    "ABR of one group under ISF, ABR and CR of the two groups sorted; a quarter of the data, so with some slack."
     lengths = long_context_mix(939_344 // 4, 500)
     flat = metrics(schedule(pack(lengths, 131072, "isf"), 32, GroupSpec(131072, 8), balance="random"))
     assert flat["abr"] == pytest.approx(0.523, abs=0.05) and flat["cr"] == 1

@@ -49,7 +49,7 @@ def test_bad_sizes_are_named(values, said):
 
 
 def test_the_mix_has_the_papers_figures():
-    "hbp.md 2.8: random batches of one on eight ranks, mean length; the other two figures need packs and are checked where those are made."
+    "random batches of one on eight ranks, mean length; the other two figures need packs and are checked where those are made."
     mix = long_context_mix()
     assert len(mix) == 941_344 and (mix >= 8192).sum() >= 1900 and mix.max() <= 131_072 and mix.min() >= 16
     assert abs(mix.mean() - 982) < 12 and abs(np.median(mix) - 480) < 5
@@ -74,7 +74,7 @@ def test_describe_is_numpys():
 
 
 def check_vlm(s, n):
-    "What omnibal.md 2.6 says about the four lists."
+    "What was counted on the four lists before."
     assert len(s) == n and s.names == ("tiles", "tokens")
     for name, (count, by_tiles, (p50, _, p99)) in VLM_SUBSETS.items():
         mine = s.select(s.labels == name)

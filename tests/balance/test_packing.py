@@ -157,7 +157,7 @@ def test_the_bound_is_the_brute_force_one(problem):
 
 
 def test_best_fit_meets_the_bound_on_the_mix():
-    "hbp.md 2.7: on the long-context mix no packing has fewer packs."
+    "on the long-context mix no packing has fewer packs."
     mix = long_context_mix()
     for capacity in (131_072, 32_768):
         lengths = np.minimum(mix, capacity)
@@ -191,7 +191,7 @@ def test_sorting_is_stable(lengths): assert _descending(np.array(lengths, np.int
 
 
 def test_random_packs_have_the_papers_imbalance():
-    "hbp.md 2.8: ISF packs of 128K on four ranks in random order; the paper has an attention balance ratio of 0.506, the generated mix 0.523."
+    "ISF packs of 128K on four ranks in random order; the paper has an attention balance ratio of 0.506, the generated mix 0.523."
     a = np.random.default_rng(0).permutation(pack(long_context_mix(), 131_072, "isf").squares)
     a = a[:len(a) // 4 * 4].reshape(-1, 4)
     assert abs(((a.max(1, keepdims=True) - a).sum(1) / (4 * a.max(1))).mean() - 0.523) < 0.015
@@ -325,7 +325,7 @@ def plain(lengths, capacity):
 @settings(max_examples=10)
 @given(problem=problems(80))
 def test_as_many_packs_as_trl(problem):
-    "Differential (hbp.md 9): TRL's best fit has the same number of packs; capacities that are no powers of two included."
+    "Differential: TRL's best fit has the same number of packs; capacities that are no powers of two included."
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl", reason="needs trl (modeltc_lab[peers])")
     lengths, capacity = problem
     rows = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in lengths]}).with_format("arrow")

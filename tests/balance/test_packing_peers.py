@@ -56,7 +56,7 @@ def test_plain_python_rounds(lengths, rounds, seed):
 
 
 def test_the_hierarchy_has_the_papers_figures():
-    "hbp.md 2.8: groups of 16K and 128K, sorted: share of tokens that communicate 0.173 in the paper and 0.162 in the mix; imbalance of attention about 0.002."
+    "groups of 16K and 128K, sorted: share of tokens that communicate 0.173 in the paper and 0.162 in the mix; imbalance of attention about 0.002."
     plans = hierarchical_pack(long_context_mix(), (16_384, 131_072))
     m = metrics(schedule(plans, 32, (GroupSpec(16_384), GroupSpec(131_072, 8)), balance="sort", key="attention"))
     assert abs(m["cr"] - 0.162) < 0.008 and m["abr"] < 0.004

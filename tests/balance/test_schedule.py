@@ -107,7 +107,7 @@ def test_lpt_deals_by_count_and_load():
 
 
 def test_lpt_against_the_optimum():
-    "CP-SAT on 12 cases of 16 packs on 4 ranks with 4 places: LPT is near, and the solver is never beaten (hbp.md 2.7)."
+    "CP-SAT on 12 cases of 16 packs on 4 ranks with 4 places: LPT is near, and the solver is never beaten."
     cp = pytest.importorskip("ortools.sat.python.cp_model", reason="ortools is not installed")
     ratios = []
     for case in range(12):
@@ -165,7 +165,7 @@ def test_same_seed_same_plan():
 # --- measures ---
 
 def by_loops(s, cost, meet="step"):
-    "The definitions of hbp.md 2.1, in loops."
+    "The definitions of the measures, in loops."
     dbr, abr, longest, mean, tokens, shared = [], [], 0.0, 0.0, 0, 0
     for i in range(s.steps):
         g, packs = s.step(i)
