@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'CASES', 'GROUPS', 'toy_vlm', 'VLMPackedCollator', 'collator_of', 'random_samples', 'PipeLayer',
            'split_vlm', 'run_layers', 'loss_tokens', 'wire_shape', 'StageModule', 'apply_recompute', 'TimedStage',
-           'stage_module', 'apply_plan', 'Pipeline', 'Cuts', 'pipeline_equality', 'micro_times', 'main', 'PipelineRun',
+           'stage_module', 'apply_plan', 'Pipeline', 'Cuts', 'pipeline_equality', 'micro_sizes', 'main', 'PipelineRun',
            'toy_groups', 'pipeline_run', 'omnibal_pipeline']
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #937f57d2
+# %% ../../nbs/balance/75c_pipeline.ipynb #2e706da4
 import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -430,19 +431,12 @@ def pipeline_equality(
     return {name: {"loss": worst(name, "loss"), "gradients": worst(name, "gradients"), "compared": sum(f[name]["compared"] for f in found), "missing": sum(f[name]["missing"] for f in found),
                    "value": found[0][name]["value"], "largest": worst(name, "largest")} for name in cases}
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #b5dbe604
-def micro_times(
-    profile: Any,                          # LayerProfile: kinds, forward_s, backward_s, of the mean micro-batch
-    plan: Any,                             # PipelinePlan: cuts, recompute
-    batches: Sequence[Mapping[str, Any]],  # the micro-batches, or their sizes [M, 2] as rows of (tiles, tokens)
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # forward and backward seconds [M, stages], recomputation in the backward
-    "A profile's layer times scaled to each micro-batch: tower and projector by tiles, the rest by tokens."
-    sizes = np.array([[len(b["image_flags"]), len(b["input_ids"])] if isinstance(b, Mapping) else b for b in batches], np.float64)
-    share, by_tile = sizes / sizes.mean(0), np.isin(profile.kinds, ["vit", "projector"])
-    scale = np.where(by_tile[None], share[:, :1], share[:, 1:])                     # [M, layers]
-    forward, cuts = np.asarray(profile.forward_s), np.asarray(plan.cuts)[:-1]
-    backward = np.asarray(profile.backward_s) + np.asarray(plan.recompute, bool) * forward
-    return np.add.reduceat(scale * forward, cuts, axis=1), np.add.reduceat(scale * backward, cuts, axis=1)
+# %% ../../nbs/balance/75c_pipeline.ipynb #ed532676
+def micro_sizes(
+    groups: Sequence[NDArray[np.int64]],  # samples of each micro-batch, rows of (tiles, tokens)
+) -> NDArray[np.int64]:                   # [M, 3] tiles (the fake one counts), tokens, squared lengths
+    "What the time of a micro-batch depends on."
+    return np.array([[max(int(g[:, 0].sum()), 1), int(g[:, 1].sum()), int((g[:, 1]**2).sum())] for g in groups])
 
 
 def _timing(rank: int, device: torch.device, a: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,7 +470,7 @@ class PipelineRun:
 
     plans: dict[str, Any]                                  # PipelinePlan of each method
     profile: Any                                           # LayerProfile they were made from
-    sizes: NDArray[np.int64]                               # [M, 2] tiles and tokens of the micro-batches
+    sizes: NDArray[np.int64]                               # [M, 3] tiles, tokens and squared lengths of the micro-batches
     schedule: str
     forward_s: dict[str, NDArray[np.float64]]              # CPU seconds of the forward operations
     backward_s: dict[str, NDArray[np.float64]]             # of the backward operations, recomputation included
@@ -496,11 +490,12 @@ class PipelineRun:
     def predicted(self, method: str) -> Any:
         "The simulator's timeline of a step, from the profile alone."
         from modeltc_lab.balance.simulator import simulate_pipeline
-        return simulate_pipeline(micro_times(self.profile, self.plans[method], list(self.sizes)), schedule=self.schedule)
+        return simulate_pipeline(self.plans[method].times_for(*self.sizes.T), schedule=self.schedule)
 
     def predicted_stage_s(self, method: str) -> NDArray[np.float64]:
         "Seconds of each stage in a step, from the profile alone."
-        return np.add(*micro_times(self.profile, self.plans[method], list(self.sizes))).sum(0)
+        t = self.plans[method].times_for(*self.sizes.T)
+        return np.asarray(t.forward_s + t.backward_s + t.recompute_s).sum(0)
 
     def replayed(self, method: str, repeat: int) -> Any:
         "The simulator's timeline with the measured CPU time of every operation of one repeat."
@@ -536,7 +531,7 @@ class PipelineRun:
         return out + [record("balance", experiment, m, f"speed-up over {base}, {k}", "times", [v], implementation="modeltc_lab", config=config, seed=config.get("seed"), data="generated samples of InternVL-like sizes")
                       for m in list(self.plans)[1:] for k, v in self.speedup(base, m).items()]
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #98003650
+# %% ../../nbs/balance/75c_pipeline.ipynb #3b4395a4
 def toy_groups(
     micro_batches: int = 8,                   # groups of one step
     limits: tuple[int, int] = (15, 480),      # most tiles and most tokens of a group
@@ -563,6 +558,7 @@ def pipeline_run(
     recompute: str = "none",         # of `partition`
     limits: tuple[int, int] = (15, 480),  # most tiles and tokens of a group
     warmup: int = 1,                 # steps of each method before
+    profile_repeats: int = 3,        # times each layer is measured on each micro-batch
     seed: int = 0,
     backend: str = "gloo",           # or "nccl": a CUDA device a rank
     **model: int,                    # of `toy_vlm`
@@ -572,7 +568,7 @@ def pipeline_run(
     if repeats < 1 or warmup < 0: raise ValueError(f"repeats={repeats}, warmup={warmup}: need at least 1 and 0")
     groups = toy_groups(micro_batches, limits, (model.get("image", 112) // 28)**2, seed)
     toy = toy_vlm(**model)                                     # type: ignore[arg-type]
-    profile = profile_layers(split_vlm(toy), _batches(toy, groups, seed))
+    profile = profile_layers(split_vlm(toy), _batches(toy, groups, seed), profile_repeats)
     plans = {m: partition(profile, stages, micro_batches, method=m, recompute=recompute) for m in methods}
     told = {"mode": "timing", "model": model, "groups": [g.tolist() for g in groups], "limits": list(limits), "schedule": schedule, "repeats": repeats, "warmup": warmup, "seed": seed,
             "plans": {m: {"cuts": [int(c) for c in p.cuts], "recompute": [bool(r) for r in p.recompute]} for m, p in plans.items()}}
@@ -585,19 +581,18 @@ def pipeline_run(
                 for kind, number, _, _, seconds in ops: cpu[kind][r, number, s] = seconds
         forward[m], backward[m] = cpu["forward"], cpu["backward"]
         wall[m] = np.array([max(o[3] for one in found for o in one["ops"][m][r]) - min(o[2] for one in found for o in one["ops"][m][r]) for r in range(repeats)])
-    sizes = np.array([[max(int(g[:, 0].sum()), 1), int(g[:, 1].sum())] for g in groups])
-    return PipelineRun(plans, profile, sizes, schedule, forward, backward, wall, {m: [float(x) for x in found[-1]["losses"][m]] for m in methods}, {"model": dict(model), "limits": list(limits), "recompute": recompute, "seed": seed})
+    return PipelineRun(plans, profile, micro_sizes(groups), schedule, forward, backward, wall, {m: [float(x) for x in found[-1]["losses"][m]] for m in methods}, {"model": dict(model), "limits": list(limits), "recompute": recompute, "seed": seed})
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #55b2464f
+# %% ../../nbs/balance/75c_pipeline.ipynb #8218d10a
 def omnibal_pipeline(
     full: bool = False,  # more repeats and micro-batches
 ) -> list[Record]:       # stage and step times of three partitions, predicted and measured, and the check of equality
     "A vision-language model on two real ranks before and after the partition by time (omnibal.md sections 4, 5 and 9)."
-    run = pipeline_run(micro_batches=16 if full else 8, repeats=10 if full else 5, vision_layers=8, llm_layers=8, vision_hidden=128, llm_hidden=192)
+    run = pipeline_run(micro_batches=16 if full else 8, repeats=10 if full else 5, profile_repeats=5, vision_layers=8, llm_layers=8, vision_hidden=128, llm_hidden=192)
     equal = pipeline_equality()
     same = [record("balance", "omnibal_pipeline", "two ranks against one process", metric, "largest difference", [e[key]], implementation="modeltc_lab", x_name="case", x=name, config={"dtype": "float64"}, seed=0, data="generated samples")
             for name, e in equal.items() for metric, key in (("loss", "loss"), ("gradients", "gradients"))]
     return run.records() + same
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #2066b0c9
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "modeltc_lab.balance.pipeline": main()
+# %% ../../nbs/balance/75c_pipeline.ipynb #3ff3c352
+if __name__ == "__main__" and "RANK" in os.environ: main()
