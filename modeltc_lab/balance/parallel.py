@@ -585,15 +585,15 @@ def normalised_loss(
     sums, n = each.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, each), each.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, counts.to(each.dtype))
     return (sums / n.clamp(min=1)).sum() / (n > 0).sum().clamp(min=1) / accumulate
 
-# %% ../../nbs/balance/75_parallel.ipynb #d7283cb2
+# %% ../../nbs/balance/75_parallel.ipynb #c30462a2
 def decoder_layers(
     model: nn.Module,  # of transformers, wrapped or not
 ) -> Sequence[nn.Module]:
     "The layers of a decoder: its longest list of modules that can be checkpointed."
     from transformers.modeling_layers import GradientCheckpointingLayer
-    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(x, GradientCheckpointingLayer) for x in m)]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(x, GradientCheckpointingLayer) for x in m)]
     if not lists: raise ValueError(f"model={type(model).__name__}: found no list of transformers' GradientCheckpointingLayer; give `layers`")
-    return list(max(lists, key=lambda x: len(x)))
+    return max(lists, key=len)
 
 
 def checkpoint_layers(
