@@ -1,5 +1,6 @@
 "Processes that are started, fail in every way, and are gone afterwards."
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -43,14 +44,14 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(tmp_path, code, rank, exit_c
 
 
 def test_a_rank_that_hangs_is_named_with_the_line_where_it_stands(tmp_path):
-    code = "def stuck():\n    while True: time.sleep(.01)\nif me.rank == 0: stuck()\ndist.barrier()"
+    code = "def stuck():\n    while True: signal.pause()\nif me.rank == 0: stuck()\ndist.barrier()"
     with pytest.raises(RankError, match="rank 0 of 2") as e: started(tmp_path, PIDS + code, collective_s=1.0)
     assert e.value.code is None and "in stuck" in e.value.log and "rank 1: exit code 1" in str(e.value)
     assert gone(tmp_path)
 
 
 def test_the_whole_job_has_a_limit(tmp_path):
-    head = "import os, time\nopen(f\"{os.environ['PIDS']}/pid{os.environ['RANK']}\", 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    head = "import os, signal\nopen(f\"{os.environ['PIDS']}/pid{os.environ['RANK']}\", 'w').write(str(os.getpid()))\nsignal.pause()"
     with pytest.MonkeyPatch.context() as m, pytest.raises(RankError, match="did not end within 1.5 s"):
         m.setenv("PIDS", str(tmp_path))
         started(tmp_path, "", head=head, timeout_s=1.5)
@@ -63,22 +64,22 @@ def test_a_rank_without_an_answer_and_one_that_cannot_start(tmp_path):
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path):
-    (tmp_path / "a_worker.py").write_text(HEAD + "me = init()\n" + PIDS + "print('ready', flush=True)\ntime.sleep(600)")
-    starter = f"from modeltc_lab.balance.parallel import run_ranks\nrun_ranks('a_worker', {{'pids': {str(tmp_path)!r}}}, paths=[{str(tmp_path)!r}])"
+    "Both hold a pipe open; it closes when the last of them is gone."
+    os.mkfifo(tmp_path / "alive")
+    (tmp_path / "a_worker.py").write_text(HEAD + "me = init()\ndist.barrier()\nalive = os.open(arguments()['alive'], os.O_WRONLY)\nos.write(alive, b'x')\nsignal.pause()")
+    starter = f"from modeltc_lab.balance.parallel import run_ranks\nrun_ranks('a_worker', {{'alive': {str(tmp_path / 'alive')!r}}}, paths=[{str(tmp_path)!r}])"
+    end = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     parent = subprocess.Popen([sys.executable, "-c", starter])
-    wait_until(lambda: len([p for p in tmp_path.glob("pid*") if p.read_text()]) == 2)
+
+    def heard():
+        assert select.select([end], [], [], 120)[0], "nothing was heard of the ranks"
+        return os.read(end, 2)
+    ready = b""
+    while len(ready) < 2: ready += heard()
     parent.kill()
     parent.wait()
-    wait_until(lambda: gone(tmp_path))
-
-
-def wait_until(true, seconds=60):
-    "Wait for a state of the outside world, with a limit."
-    import time
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "the state never came"
-        time.sleep(0.02)
+    assert heard() == b""
+    os.close(end)
 
 
 def test_the_same_worker_runs_under_torchrun(tmp_path):
