@@ -197,7 +197,7 @@ def load_seconds(
     "Seconds each rank needs for each step."
     return np.array([[sum(float(cost.seconds(x["tokens"], x["squares"], x["docs"], x["sp"])) for x in (micro[r] for micro in step)) for r in range(len(step[0]))] for step in loads])
 
-# %% ../../nbs/balance/75a_training.ipynb #88abe317
+# %% ../../nbs/balance/75a_training.ipynb #7f9645e5
 class OrderTrainer:
     "One rank's part in training one model by one plan."
 
@@ -370,7 +370,7 @@ def _take_turns(me: Any, told: Mapping[str, Any], trainers: Mapping[str, OrderTr
 def _calibrate(me: Any, told: Mapping[str, Any]) -> dict[str, Any]:
     "Forward and backward of given packs, all ranks at once; rows for `CostModel.fit`."
     setup = Setup(**told["setup"])
-    model = setup.model().to(me.device)
+    model = data_parallel(setup.model().to(me.device), setup.parallel, me.device)      # gradients are averaged as they will be later
     sequence = SequenceParallel(sorted({p["sp"] for p in told["packs"]}), me.world, setup.heads)
     tokens, size, _ = text_tokens(setup.data, setup.tokenizer)
     rows = []
@@ -606,13 +606,13 @@ def compare_orders(
         for o in orders: runs[o].append(_collect(o, make_order(o, replace(setup, seed=seed), ranks, cost, accumulate, seed), [f["runs"][i] for f in found]))
     return Comparison(setup, cost, runs, tuple(seeds), [row for f in found for row in f["rows"]])
 
-# %% ../../nbs/balance/75a_training.ipynb #d67d0757
+# %% ../../nbs/balance/75a_training.ipynb #0df25cba
 def training_orders(
     full: bool = False,  # more documents and seeds
 ) -> list[Record]:       # time of the slower rank, idle, loss, predicted and measured, by order
     "A model of a few million parameters on two real ranks: random, sorted, windowed and hierarchical orders in turn, a step of each."
     setup = Setup(documents=600 if full else 320, median=120, longest=2048, capacity=2048, long_share=0.06, layers=4, hidden=256, heads=8, kv_heads=4, mlp=768, lr=6e-4)
-    return compare_orders(("random", "sort", "window:4", "hbp:window:4"), setup, seeds=range(5 if full else 3), evaluate_every=6, calibration=32).records()
+    return compare_orders(("random", "sort", "window:4", "hbp:window:4"), setup, seeds=range(5 if full else 3), evaluate_every=10, calibration=32).records()
 
 
 def training_normalisers(
