@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from .parallel import arguments, init, register_attention, report, run_ranks
 from ..core.results import Record, record
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #d5038fe8
+# %% ../../nbs/balance/75c_pipeline.ipynb #424cd5df
 def toy_vlm(
     vision_layers: int = 6,
     vision_hidden: int = 96,    # a multiple of 32
@@ -54,11 +54,11 @@ def toy_vlm(
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=vocab - 1, image_seq_length=(image // 28)**2, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(config).to(dtype).train()
+        model = InternVLForConditionalGeneration(config).to(dtype=dtype).train()  # type: ignore[call-arg]
     model.model.language_model.config._attn_implementation = "modeltc_varlen"
     return model
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #76791382
+# %% ../../nbs/balance/75c_pipeline.ipynb #8fc8ebb0
 @dataclass(frozen=True)
 class VLMPackedCollator:
     "Samples of tiles and tokens into one micro-batch without padding (omnibal.md 2.2): `pixel_values input_ids position_ids labels cu_seqlens image_flags`."
@@ -84,7 +84,7 @@ class VLMPackedCollator:
     def _sample(self, i: int, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         "Ids, pixels and labels of one sample, checked."
         ids = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
-        pixels = sample.get("pixel_values")
+        pixels: Any = sample.get("pixel_values")
         tiles, held = 0 if pixels is None else len(pixels), int((ids == self.image_token).sum())
         if ids.ndim != 1 or not len(ids): raise ValueError(f"sample {i}: input_ids of shape {tuple(ids.shape)}; need one row of at least one token")
         if tiles and tuple(pixels.shape[1:]) != self.tile: raise ValueError(f"sample {i}: tiles of shape {tuple(pixels.shape[1:])}; need {self.tile}")
@@ -116,9 +116,15 @@ def random_samples(
         return {"input_ids": torch.from_numpy(ids)} | ({"pixel_values": torch.from_numpy(rng.standard_normal((tiles, *fit.tile))).to(fit.dtype)} if tiles else {})
     return [one(int(v), int(t)) for v, t in np.asarray(sizes)]
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #2313bce4
+# %% ../../nbs/balance/75c_pipeline.ipynb #2c14373a
 class PipeLayer(nn.Module):
     "One layer of the row: takes what the last one gave and the micro-batch, gives rows of tiles, image tokens or text tokens."
+
+    block: Any      # the modules a layer has
+    norm: Any
+    projector: Any
+    words: Any
+    rotary: Any
 
     def __init__(self, name: str, kind: str, **modules: nn.Module):
         super().__init__()
@@ -193,7 +199,7 @@ def split_vlm(
     model: Any,  # InternVLForConditionalGeneration; its modules are used, not copied
 ) -> list[PipeLayer]:
     "The model as a row of layers, in the order of the profile and of the plan."
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     missing = [n for n in ("vision_tower", "multi_modal_projector", "language_model") if not hasattr(inner, n)]
     if missing or not hasattr(model, "lm_head"): raise ValueError(f"model={type(model).__name__}: has no {', '.join(missing) or 'lm_head'}; need transformers' InternVLForConditionalGeneration")
     tower, llm = inner.vision_tower, inner.language_model
@@ -214,6 +220,7 @@ def run_layers(
 ) -> Tensor:
     "The layers one after the other."
     for layer in layers: x = layer(x, batch)
+    if x is None: raise ValueError("layers: got none; need at least one")
     return x
 
 
@@ -223,7 +230,7 @@ def loss_tokens(
     "Targets in a step: counted after the shift."
     return sum(int((b["labels"][1:] >= 0).sum()) for b in batches)
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #ae43464f
+# %% ../../nbs/balance/75c_pipeline.ipynb #40aa82fd
 def wire_shape(
     layer: nn.Module,              # the last before the cut
     model: Any,                    # whose layer it is
@@ -253,7 +260,7 @@ class StageModule(nn.Module):
         number = x if self.wire_in is None else micro
         assert number is not None
         batch = self.batches[int(number[0])]
-        hidden = None if self.wire_in is None or x is None else x[:len(batch[self.rows_in])]
+        hidden: Any = None if self.wire_in is None or x is None else x[:len(batch[self.rows_in])]
         for layer, again in zip(self.layers, self.recompute):
             hidden = checkpoint(layer, hidden, batch, use_reentrant=False, preserve_rng_state=True) if again and torch.is_grad_enabled() else layer(hidden, batch)
         if self.wire_out is None: return hidden
@@ -268,7 +275,7 @@ def apply_recompute(
     first: int = 0,                      # number of the stage's first layer
 ) -> None:
     "Recompute the layers a plan names in the backward pass; random numbers (dropout) are the same both times."
-    module = stage if isinstance(stage, StageModule) else stage.submod
+    module: Any = stage if isinstance(stage, StageModule) else stage.submod
     flags = np.asarray(getattr(plan, "recompute", plan), bool)
     if len(flags) < first + len(module.layers): raise ValueError(f"recompute: {len(flags)} flags, the stage ends at layer {first + len(module.layers)}; need one flag a layer of the model")
     module.recompute = flags[first:first + len(module.layers)].tolist()
@@ -279,6 +286,7 @@ class TimedStage(PipelineStage):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
+        self.part: StageModule = self.submod  # type: ignore[assignment]
         self.ops: list[tuple[str, int, float, float, float]] = []
 
     def _timed(self, kind: str, call: Any, number: int, *args: Any, **settings: Any) -> Any:
@@ -352,15 +360,16 @@ class Pipeline:
         "Forward and backward of all micro-batches; gradients are added to `.grad`."
         if len(batches) != self.micro_batches: raise ValueError(f"batches: {len(batches)} micro-batches, the pipeline was made for {self.micro_batches}")
         scale, number = 1.0 / max(tokens or loss_tokens(batches), 1), torch.arange(self.micro_batches)
-        self.stage.submod.batches = [{**{k: v.to(self.stage.device) for k, v in b.items()}, "loss_scale": scale} for b in batches]
+        self.stage.part.batches = [{**{k: v.to(self.stage.device) for k, v in b.items()}, "loss_scale": scale} for b in batches]
         self.stage.ops.clear()
         losses: list[Tensor] = []
-        if self.stage.is_first: self.engine.step(number, **({"target": number, "losses": losses} if self.stage.is_last else {}))
+        if self.stage.is_first and self.stage.is_last: self.engine.step(number, target=number, losses=losses)
+        elif self.stage.is_first: self.engine.step(number)
         elif self.stage.is_last: self.engine.step(target=number, losses=losses, micro=number)
         else: self.engine.step(micro=number)
         return float(torch.stack(losses).sum()) if self.stage.is_last else None
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #18861e48
+# %% ../../nbs/balance/75c_pipeline.ipynb #77673af9
 @dataclass(frozen=True)
 class Cuts:
     "The two things of a plan that an engine needs."
@@ -369,7 +378,7 @@ class Cuts:
     recompute: tuple[bool, ...]    # one flag a layer
 
 
-def _batches(model: Any, groups: Sequence[Sequence[Sequence[int]]], seed: int) -> list[dict[str, Tensor]]:
+def _batches(model: Any, groups: Sequence[Any], seed: int) -> list[dict[str, Tensor]]:
     "Micro-batches of random samples, one a group of [tiles, tokens] rows."
     collate = collator_of(model)
     return [collate(random_samples(np.asarray(g), model, seed + i)) for i, g in enumerate(groups)]
@@ -399,7 +408,7 @@ def _equality(rank: int, device: torch.device, a: Mapping[str, Any]) -> dict[str
     stage = apply_plan(model, plan, rank, tuple(a["limits"]), device)
     found = Pipeline(stage, len(batches), a["schedule"]).step(batches)
     lone = own.layers[plan.cuts[rank]:plan.cuts[rank + 1]]
-    pairs = [(p.grad, q.grad) for p, q in zip(stage.submod.layers.parameters(), lone.parameters(), strict=True)]
+    pairs = [(p.grad, q.grad) for p, q in zip(stage.part.layers.parameters(), lone.parameters(), strict=True)]
     return {"loss": None if found is None else abs(found - loss), "value": loss, "gradients": max((float((p.cpu() - q).abs().max()) for p, q in pairs if p is not None and q is not None), default=0.0),
             "compared": sum(p is not None for p, _ in pairs), "missing": sum((p is None) != (q is None) for p, q in pairs), "largest": max((float(q.abs().max()) for _, q in pairs if q is not None), default=0.0)}
 
@@ -431,7 +440,7 @@ def pipeline_equality(
     return {name: {"loss": worst(name, "loss"), "gradients": worst(name, "gradients"), "compared": sum(f[name]["compared"] for f in found), "missing": sum(f[name]["missing"] for f in found),
                    "value": found[0][name]["value"], "largest": worst(name, "largest")} for name in cases}
 
-# %% ../../nbs/balance/75c_pipeline.ipynb #ed532676
+# %% ../../nbs/balance/75c_pipeline.ipynb #58b75389
 def micro_sizes(
     groups: Sequence[NDArray[np.int64]],  # samples of each micro-batch, rows of (tiles, tokens)
 ) -> NDArray[np.int64]:                   # [M, 3] tiles (the fake one counts), tokens, squared lengths
@@ -448,7 +457,7 @@ def _timing(rank: int, device: torch.device, a: Mapping[str, Any]) -> dict[str, 
     losses: dict[str, list] = {name: [] for name in made}
     for step in range(a["warmup"] + a["repeats"]):
         for name, pipeline in made.items():
-            for p in pipeline.stage.submod.parameters(): p.grad = None
+            for p in pipeline.stage.part.parameters(): p.grad = None
             dist.barrier()
             loss = pipeline.step(batches)
             if step >= a["warmup"]:

@@ -197,7 +197,7 @@ def load_seconds(
     "Seconds each rank needs for each step."
     return np.array([[sum(float(cost.seconds(x["tokens"], x["squares"], x["docs"], x["sp"])) for x in (micro[r] for micro in step)) for r in range(len(step[0]))] for step in loads])
 
-# %% ../../nbs/balance/75a_training.ipynb #7f9645e5
+# %% ../../nbs/balance/75a_training.ipynb #831fb7f9
 class OrderTrainer:
     "One rank's part in training one model by one plan."
 
@@ -247,7 +247,7 @@ class OrderTrainer:
             seconds.append(now(self.device) - begin)
             summed += float(token_losses(logits.detach(), targets).sum())
         begin = now(self.device)
-        norm = torch.nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.setup.clip)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.setup.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -392,9 +392,10 @@ def _calibrate(me: Any, told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(me: Any, told: Mapping[str, Any]) -> dict[str, Any]:
     "Calibrate, let the first rank fit, plan every order by the fitted model, train: for each seed."
-    setup, all_rows = Setup(**told["setup"]), [None] * me.world
+    setup = Setup(**told["setup"])
+    all_rows: list[Any] = [None] * me.world
     dist.all_gather_object(all_rows, _calibrate(me, told)["rows"])
-    box: list[Any] = [asdict(fit_setup(setup, [r for rows in all_rows for r in rows or ()], told["maximum_error"], told["source"])) if me.rank == 0 else None]
+    box: list[Any] = [asdict(fit_setup(setup, [r for rows in all_rows for r in rows], told["maximum_error"], told["source"])) if me.rank == 0 else None]
     dist.broadcast_object_list(box)
     cost, runs = CostModel(**box[0]), []
     for seed in told["seeds"]:

@@ -13,7 +13,22 @@ from modeltc_lab.balance import training
 from modeltc_lab.balance.cost import CostModel
 from modeltc_lab.balance.parallel import RankError, normalised_loss, shift_labels, token_losses
 from modeltc_lab.balance.schedule import PackedCollator, costs
-from modeltc_lab.balance.training import Comparison, Documents, OrderRun, Setup, calibration_packs, corpus, fit_setup, load_seconds, make_order, mixed_lengths, slug, step_loads, text_tokens, train
+from modeltc_lab.balance.training import (
+    Comparison,
+    Documents,
+    OrderRun,
+    Setup,
+    calibration_packs,
+    corpus,
+    fit_setup,
+    load_seconds,
+    make_order,
+    mixed_lengths,
+    slug,
+    step_loads,
+    text_tokens,
+    train,
+)
 
 TINY = Setup(documents=26, median=30, longest=128, capacity=128, layers=1, hidden=32, heads=2, kv_heads=1, mlp=48, dtype="float64")
 COST = CostModel(token_s=1e-5, square_s=2e-8, doc_s=1e-4, step_s=1e-3)
