@@ -166,13 +166,19 @@ def simulate_epoch(
     plan: StepSchedule,            # which rank gets which micro-batches
     pipeline: PipelinePlan,        # where the model is cut
     allreduce_s: ArrayLike = 0.0,  # [S] gradients of each stage over the data ranks
-    steps: int | None = None,      # simulate so many, evenly spread, and scale; None: all
+    steps: int | None = None,      # simulate so many, evenly spread, and scale by the work of all; None: all
 ) -> EpochTime:
     "All steps of an epoch, one after the other."
     which = np.arange(plan.steps) if steps is None or steps >= plan.steps else np.unique(np.linspace(0, plan.steps - 1, steps).round().astype(np.int64))
-    lines = [simulate_step(plan, pipeline, int(s), allreduce_s) for s in which]
-    scale = plan.steps / len(which)
-    return EpochTime(scale * sum(t.makespan_s for t in lines), scale * sum(t.ideal_s for t in lines), {c: scale * sum(t.causes[c] for t in lines) for c in lines[0].causes}, plan.steps, len(which))
+    lines, stand_for = [simulate_step(plan, pipeline, int(s), allreduce_s) for s in which], np.ones(len(which))
+    if len(which) > 1: stand_for[:-1] = (plan.steps - 1) / (len(which) - 1)      # the last step may be half empty and stands for itself
+    else: stand_for[:] = plan.steps
+    packs = plan.plans[0]
+    times = pipeline.times_for(np.maximum(packs.totals[:, 0], 1), packs.tokens, packs.squares)
+    work = sum(float(np.sum(t)) for t in (times.forward_s, times.backward_s, times.recompute_s)) / (plan.world * pipeline.ranks)
+    stand_for *= work / float(np.dot(stand_for, [t.ideal_s for t in lines]))     # steps differ in work, and all of it is known
+    total = lambda values: float(np.dot(stand_for, values))
+    return EpochTime(total([t.makespan_s for t in lines]), total([t.ideal_s for t in lines]), {c: total([t.causes[c] for t in lines]) for c in lines[0].causes}, plan.steps, len(which))
 
 # %% ../../nbs/balance/74_omnibal.ipynb #e7ea4d34
 @dataclass(frozen=True, eq=False)
@@ -390,7 +396,7 @@ def omnibal_data(
     sizes, cost = found.sizes, profile_cost(analytic_profile("internvl-6b-20b", 15, 4608, squares=15 * 4608 * 100))
     data = found.source + (" (generated)" if found.generated else "")
     searched = {(name, b): search_limits(sizes, b, score, ranks, budget_s=600).limits for name, score in (("searched", "idle"), ("searched, as the paper does", "omnibal")) for b in targets}  # type: ignore[arg-type]
-    named = {q: str(q) for q in limits} | {q: f"{q}, {name} for {b:g} samples" for (name, b), q in searched.items()}
+    named = {q: ", ".join([str(q), *(f"{name} for {b:g} samples" for (name, b), other in searched.items() if other == q)]) for q in (*limits, *searched.values())}
     out = list[Record]()
 
     def add(method: str, x: str, points: Sequence[Mapping[tuple[str, str], float]], **config: Any) -> None:
