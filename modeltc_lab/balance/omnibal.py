@@ -51,7 +51,7 @@ def padding(
     packs: PackPlan,      # micro-batches
     features: ArrayLike,  # (n, 2) tiles and tokens of each sample as it is
 ) -> float:               # share of the tokens computed
-    "Pad Ratio: tokens that are padding (omnibal.md 2.1); packs have none."
+    "Pad Ratio: tokens that are padding (OmniBal, Pad and Dist Ratio); packs have none."
     return float(1 - np.asarray(features)[packs.item_ids, -1].sum() / packs.tokens.sum())
 
 # %% ../../nbs/balance/74_omnibal.ipynb #9eae5d98
@@ -77,7 +77,7 @@ def order_packs(
     key: Literal["cost", "both"] = "both",  # alike in cost, or first in tiles and then in tokens
     seed: int = 0,
 ) -> StepSchedule:
-    "Deal micro-batches to steps and ranks so that those of a step are alike (hbp.md 2.6 with the cost of pictures)."
+    "Deal micro-batches to steps and ranks so that those of a step are alike with the cost of pictures."
     if key not in KEYS: raise ValueError(f"key={key!r}: need one of {', '.join(KEYS)}")
     alike = cost if key == "cost" else CostModel(token_s=1.0, tile_s=float(packs.capacity + 1), source="tiles, then tokens")
     return schedule(packs, ranks, cost=alike, balance=balance, accumulate=micro_batches, seed=seed)
@@ -90,7 +90,7 @@ def data_metrics(
     meet: Literal["micro", "step"] = "micro",  # where ranks are compared
     fixed: bool = False,      # batches of a fixed number of samples? then there is no bound on packs
 ) -> dict[str, Any]:
-    "Pad and Dist Ratios (omnibal.md 2.1), idle share, packs and their bound."
+    "Pad and Dist Ratios (OmniBal, Pad and Dist Ratio), idle share, packs and their bound."
     packs, m = plan.plans[0], metrics(plan, cost, meet)
     rows = np.asarray(features)[np.sort(packs.item_ids)]
     return {"bins": packs.packs, "lower_bound": packs.packs if fixed else vector_bound(rows, packs.limits).bins, "pad_ratio": padding(packs, features), "dist_tiles": m["dist_tiles"], "dist_tokens": m["dist_tokens"], "data_idle": m["idle"],
@@ -301,7 +301,7 @@ def plan_vlm(
     return VLMPlan(made, cut, values, simulate_epoch(made, cut, wait, steps), wait, options, perf_counter() - start)
 
 # %% ../../nbs/balance/74_omnibal.ipynb #1ddb6513
-PAPER = {"none": 61.8, "data": 51.9, "partition": 29.0, "recompute": 21.3}   # GPU days of InternVL-Chat 6+20B, Megatron on A100, as a public note restates them (omnibal.md 4)
+PAPER = {"none": 61.8, "data": 51.9, "partition": 29.0, "recompute": 21.3}   # GPU days of InternVL-Chat 6+20B, Megatron on A100, as a public note restates them (OmniBal's ablation)
 PAPER_DATA = {"pad": (0.31, 0.0), "dist": (0.34, 0.02)}                       # ratios before and after, same source
 LEVERS = ("data", "partition", "recompute")
 PLAIN: dict[str, Any] = {"data": "padded", "balance": "random", "method": "parameters", "recompute": "full"}   # no lever pulled
@@ -363,7 +363,7 @@ def lever_shares(
     return {l: g / total if total else 0.0 for l, g in gain.items()}
 
 # %% ../../nbs/balance/74_omnibal.ipynb #4ec540af
-DATA_LIMITS = ((9, 4096), (10, 4096), (12, 4096), (15, 4608), (20, 6144))  # of omnibal.md 2.6
+DATA_LIMITS = ((9, 4096), (10, 4096), (12, 4096), (15, 4608), (20, 6144))  # tried before
 ORDERED = {"random": ("random", "cost"), "sorted by cost": ("sort", "cost"), "window:32 by cost": ("window:32", "cost"), "window:32": ("window:32", "both")}
 
 
@@ -391,7 +391,7 @@ def omnibal_data(
     targets: Sequence[float] = (2, 3.5, 5),        # samples a pack for which limits are searched
     seeds: Sequence[int] | None = None,            # of shuffles and orders
 ) -> list[Record]:
-    "The data side on the real lists: fixed batches, random rounds, patterns; limits given and searched; orders; seconds (omnibal.md 2.6)."
+    "The data side on the real lists: fixed batches, random rounds, patterns; limits given and searched; orders; seconds."
     found, seeds = samples or vlm_samples(), seeds or range(5 if full else 3)
     sizes, cost = found.sizes, profile_cost(analytic_profile("internvl-6b-20b", 15, 4608, squares=15 * 4608 * 100))
     data = found.source + (" (generated)" if found.generated else "")
@@ -436,7 +436,7 @@ def omnibal_ladder(
     tp: int = 4,                     # tensor-parallel ranks
     steps: int | None = 48,          # simulated, evenly spread
 ) -> list[Record]:
-    "The ladder of the paper's ablation in the simulator: a simulation on counted times, not a training run (omnibal.md 4)."
+    "The ladder of the paper's ablation in the simulator: a simulation on counted times, not a training run (OmniBal's ablation)."
     found, out = samples or vlm_samples(), list[Record]()
     data = found.source + (" (generated)" if found.generated else "")
     for model in ("internvl-6b-20b", "internvl-6b-34b") if full else ("internvl-6b-20b",):

@@ -560,7 +560,7 @@ def global_token_loss(
     cu_seqlens: Tensor | None = None,  # [documents + 1], as for `shift_labels`
     shifted: bool = False,             # are the labels shifted already?
 ) -> Tensor:                           # this rank's part: the mean over ranks, summed over micro-batches, is the loss
-    "Sum of token losses times world / loss tokens of the step (hbp.md 2.4)."
+    "Sum of token losses times world / loss tokens of the step (HBP, training pipeline)."
     sum_here = token_losses(logits, labels if shifted else shift_labels(labels, cu_seqlens)).sum()
     return sum_here * world / max(tokens_in_step, 1) if not isinstance(tokens_in_step, Tensor) else sum_here * world / tokens_in_step.clamp(min=1)
 

@@ -22,7 +22,7 @@ from .packing import PackPlan
 
 # %% ../../nbs/balance/71a_vector_packing.ipynb #838168be
 OVERSIZE = ("error", "drop")
-ACCEPT_SLACK = 128  # tokens a pack may lack and still be accepted (omnibal.md 2.2)
+ACCEPT_SLACK = 128  # tokens a pack may lack and still be accepted (OmniBal, Algorithm 1)
 
 
 def check_limits(
@@ -165,7 +165,7 @@ def thresholds(
     limits: Sequence[int],                # (k,) what a pack may hold
     accept: Sequence[int] | None = None,  # (k,) None: the limits themselves, for tokens 128 less
 ) -> tuple[int, ...]:                     # (k,) one of these must be reached
-    "Acceptance thresholds Q' of a pack (omnibal.md 2.2)."
+    "Acceptance thresholds Q' of a pack (OmniBal, Algorithm 1)."
     if accept is None: return (*limits[:-1], limits[-1] - (ACCEPT_SLACK if limits[-1] > ACCEPT_SLACK else 0))
     out = check_limits(accept, len(limits), "accept")
     if any(a > q for a, q in zip(out, limits)): raise ValueError(f"accept={out}: above the limits {tuple(limits)}, which no pack can reach; lower it")
@@ -194,7 +194,7 @@ def isf(
     return PackPlan(item_ids=placed, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), sizes=sizes[placed], limits=capacity, starts=np.zeros(len(placed), np.int64), dropped=large)
 
 # %% ../../nbs/balance/71a_vector_packing.ipynb #5dfcd61f
-TILE_COST = 1025 * 5.9 / 20  # forward work of a tile of InternViT-6B, in tokens of a 20B language model (omnibal.md 2.6)
+TILE_COST = 1025 * 5.9 / 20  # forward work of a tile of InternViT-6B, in tokens of a 20B language model
 
 
 def _steps(
@@ -211,7 +211,7 @@ def dist_ratio(
     values: ArrayLike,  # (m,) tiles or tokens of each pack, in the order of training
     ranks: int,         # packs a step
 ) -> float:             # 0 when all ranks have the same
-    "Dist Ratio of one resource, averaged over steps (omnibal.md 2.1)."
+    "Dist Ratio of one resource, averaged over steps (OmniBal, Pad and Dist Ratio)."
     steps = _steps(values, ranks)
     top = steps.max(axis=1, initial=0.0)
     return float(np.mean((top - steps.mean(axis=1))[top > 0] / top[top > 0])) if (top > 0).any() else 0.0
@@ -221,7 +221,7 @@ def idle_share(
     costs: ArrayLike,   # (m,) cost of each pack, in the order of training
     ranks: int,         # packs a step
 ) -> float:             # share of the time of all ranks that is spent waiting
-    "Idle share of a sequence of steps (omnibal.md 2.1)."
+    "Idle share of a sequence of steps (OmniBal, Pad and Dist Ratio)."
     steps = _steps(costs, ranks)
     return float(1 - steps.mean(axis=1).sum() / steps.max(axis=1).sum()) if steps.any() else 0.0
 
@@ -473,7 +473,7 @@ def search_limits(
     seed: int = 0,                                # of shuffles and order
     at_most: int = 50_000,                        # samples looked at; of a longer list a random part
 ) -> Limits:
-    "Limits of a pack that suit the data (omnibal.md 2.2)."
+    "Limits of a pack that suit the data (OmniBal, Algorithm 1)."
     sizes = check_sizes(features, "features")
     if sizes.shape[1] != 2: raise ValueError(f"features: got {sizes.shape[1]} columns, need two, tiles and tokens; with tokens alone the capacity is yours to choose")
     if score not in SCORES: raise ValueError(f"score={score!r}: need one of {', '.join(SCORES)}")

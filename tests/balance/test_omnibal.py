@@ -74,7 +74,7 @@ def test_grouping_by_length_removes_padding_and_not_the_waiting():
 
 @pytest.mark.skipif(SAMPLES.generated, reason="needs the InternVL lists, which are not within reach here")
 def test_ratios_of_fixed_batches_on_the_real_lists():
-    "omnibal.md 2.6: dist .172 / .165, pad .223, measured for the specification by another program."
+    "measured before: dist .172 / .165, pad .223, measured for the specification by another program."
     packs = fixed_batches(SAMPLES.sizes, 4)
     m = metrics(order_packs(packs, 8, 1, COST, "random"), COST, "micro")
     assert (m["dist_tiles"], m["dist_tokens"]) == pytest.approx((0.172, 0.165), abs=0.01)

@@ -243,7 +243,7 @@ def test_ratios_against_loops(values, ranks):
 @pytest.mark.parametrize("limits, rounds, tiles, tokens, idle", [((9, 4096), 1, 0.234, 0.266, 0.250), ((9, 4096), 50, 0.278, 0.315, 0.298), ((10, 4096), 50, 0.014, 0.101, 0.059),
                                                                  ((12, 4096), 50, 0.131, 0.177, 0.152), ((15, 4608), 50, 0.007, 0.054, 0.027), ((20, 6144), 50, 0.004, 0.050, 0.023)])
 def test_ratios_of_random_rounds_on_the_real_lists(limits, rounds, tiles, tokens, idle):
-    "omnibal.md 2.6: measured for the specification by another program."
+    "measured before by another program."
     plan = isf(SIZES, limits, rounds=rounds)
     totals = plan.totals[np.random.default_rng(2).permutation(plan.packs)]
     assert (dist_ratio(totals[:, 0], 8), dist_ratio(totals[:, 1], 8)) == pytest.approx((tiles, tokens), abs=0.01)
@@ -275,7 +275,7 @@ def test_a_search_without_time_says_so():
     assert not found.complete and len(found.trials) == 1
 
 
-# --- faults of the published code (omnibal.md 3), as small models of its behaviour, and what happens here
+# --- faults of the published code, as small models of its behaviour, and what happens here
 
 
 def published_round(sizes, ids, seed, limits):
