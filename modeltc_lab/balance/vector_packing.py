@@ -467,11 +467,11 @@ def search_limits(
     target_batch: float = 4,                      # samples a pack on average, up to one more
     score: Literal["idle", "omnibal"] = "idle",   # judge by idle share over a grid, or the paper's search and sum of ratios
     ranks: int = 8,                               # packs a step
-    budget_s: float = 30,                         # stop trying after this many seconds; the best so far is the answer
+    budget_s: float = 30,                         # stop after this many seconds if any limits tried so far give the batch; the best of them is the answer
     weights: Sequence[float] = (TILE_COST, 1.0),  # cost of a tile and of a token
     rounds: int = 50,                             # of isf
     seed: int = 0,                                # of shuffles and order
-    at_most: int = 50_000,                        # samples looked at; of a longer list a random part
+    at_most: int = 20_000,                        # samples looked at; of a longer list a random part
 ) -> Limits:
     "Limits of a pack that suit the data (OmniBal, Algorithm 1)."
     sizes = check_sizes(features, "features")
@@ -483,13 +483,14 @@ def search_limits(
     if len(sizes) > at_most: sizes = sizes[np.random.default_rng(seed).choice(len(sizes), at_most, replace=False)]
     trials, until = dict[tuple[int, ...], Trial](), perf_counter() + budget_s
 
+    inside = lambda t: target_batch <= t.samples_per_pack <= target_batch + 1
+
     def attempt(limits: tuple[int, int]) -> Trial | None:
-        "Try limits unless they are too small for some sample or the time is up."
-        if limits[0] < most[0] or limits[1] < most[1] or (trials and perf_counter() > until): return None
+        "Try limits unless they are too small for some sample, or the time is up and an answer is there."
+        if limits[0] < most[0] or limits[1] < most[1] or (perf_counter() > until and any(map(inside, trials.values()))): return None
         if limits not in trials: trials[limits] = _trial(sizes, limits, score, ranks, weights, rounds, seed)
         return trials[limits]
 
-    inside = lambda t: target_batch <= t.samples_per_pack <= target_batch + 1
     if score == "idle":
         for limits in _grid(sizes, target_batch): attempt(limits)
         ranked, fine = sorted(filter(inside, trials.values()), key=lambda t: (t.score, t.limits)), max(_token_step(sizes) // 8, 1)
@@ -507,7 +508,6 @@ def search_limits(
     found, complete = [t for t in trials.values() if inside(t)], perf_counter() <= until
     if not found:
         near = min(trials.values(), key=lambda t: abs(t.samples_per_pack - target_batch - 0.5))
-        raise ValueError(f"target_batch={target_batch}: none of {len(trials)} limits tried gives {target_batch} to {target_batch + 1} samples a pack; nearest are {near.limits} with {near.samples_per_pack:.2f}"
-                         + ("" if complete else "; the time was up, raise budget_s"))
+        raise ValueError(f"target_batch={target_batch}: none of {len(trials)} limits tried gives {target_batch} to {target_batch + 1} samples a pack; nearest are {near.limits} with {near.samples_per_pack:.2f}")
     best = min(found, key=lambda t: (t.score, t.limits))
     return Limits(best.limits, thresholds(best.limits), score, tuple(trials.values()), complete)
