@@ -61,7 +61,7 @@ def toy_vlm(
 # %% ../../nbs/balance/75c_pipeline.ipynb #8fc8ebb0
 @dataclass(frozen=True)
 class VLMPackedCollator:
-    "Samples of tiles and tokens into one micro-batch without padding (omnibal.md 2.2): `pixel_values input_ids position_ids labels cu_seqlens image_flags`."
+    "Samples of tiles and tokens into one micro-batch without padding (OmniBal, Algorithm 1): `pixel_values input_ids position_ids labels cu_seqlens image_flags`."
 
     image_token: int                    # id that stands for one image token
     tokens_per_tile: int                # image tokens a tile becomes
@@ -328,7 +328,7 @@ def apply_plan(
     device: torch.device | str = "cpu",
     group: Any = None,                  # process group of the pipeline; None: all ranks
 ) -> TimedStage:                        # a torch PipelineStage whose `submod` is a `StageModule`
-    "This rank's share of the model as a stage of torch's pipeline engine (omnibal.md section 6). Only its own layers are moved to the device."
+    "This rank's share of the model as a stage of torch's pipeline engine. Only its own layers are moved to the device."
     device, stages = torch.device(device), len(plan.cuts) - 1
     if dist.get_world_size(group) != stages: raise ValueError(f"plan: {stages} stages for {dist.get_world_size(group)} ranks; make the plan with stages={dist.get_world_size(group)} or start {stages} ranks")
     module = stage_module(model, plan, rank, limits).to(device)
@@ -427,7 +427,7 @@ def pipeline_equality(
     seed: int = 0,
     **model: int,                    # of `toy_vlm`
 ) -> dict[str, dict[str, Any]]:      # by case: largest differences of loss and gradients, gradients compared
-    "Real ranks against one process in float64 (omnibal.md section 9: pipeline PP=1 = PP=2)."
+    "Real ranks against one process in float64 (one stage against two)."
     size = {"vision_layers": 2, "llm_layers": 2, "vocab": 256, **model}
     count, sums = size["vision_layers"] + size["llm_layers"] + 4, [np.asarray(g).sum(0) for g in groups]
     def told(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -573,7 +573,7 @@ def pipeline_run(
     backend: str = "gloo",           # or "nccl": a CUDA device a rank
     **model: int,                    # of `toy_vlm`
 ) -> PipelineRun:
-    "Profile, partition, predict; then run every plan on real ranks and compare (omnibal.md 2.3-2.5, section 9: simulator against a real two-stage run)."
+    "Profile, partition, predict; then run every plan on real ranks and compare (simulator against a real two-stage run)."
     from modeltc_lab.balance.partition import partition, profile_layers
     if repeats < 1 or warmup < 0: raise ValueError(f"repeats={repeats}, warmup={warmup}: need at least 1 and 0")
     groups = toy_groups(micro_batches, limits, (model.get("image", 112) // 28)**2, seed)
@@ -597,7 +597,7 @@ def pipeline_run(
 def omnibal_pipeline(
     full: bool = False,  # more repeats and micro-batches
 ) -> list[Record]:       # stage and step times of three partitions, predicted and measured, and the check of equality
-    "A vision-language model on two real ranks before and after the partition by time (omnibal.md sections 4, 5 and 9)."
+    "A vision-language model on two real ranks before and after the partition by time (OmniBal's ablation)."
     run = pipeline_run(micro_batches=16 if full else 8, repeats=10 if full else 5, profile_repeats=5, vision_layers=8, llm_layers=8, vision_hidden=128, llm_hidden=192)
     equal = pipeline_equality()
     same = [record("balance", "omnibal_pipeline", "two ranks against one process", metric, "largest difference", [e[key]], implementation="modeltc_lab", x_name="case", x=name, config={"dtype": "float64"}, seed=0, data="generated samples")

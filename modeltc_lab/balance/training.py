@@ -84,7 +84,7 @@ def mixed_lengths(
     long_share: float = 0.04,              # of the documents
     seed: int = 0,
 ) -> NDArray[np.int64]:                    # shuffled
-    "Lengths as in hbp.md 2.8, scaled: lognormal short ones, uniform long ones. Generated."
+    "Lengths of the generated mix, scaled: lognormal short ones, uniform long ones. Generated."
     if not 0 < shortest <= longest // 8: raise ValueError(f"shortest={shortest}, longest={longest}: need 0 < shortest <= longest / 8")
     rng = np.random.default_rng(seed)
     longs = round(n * long_share)
@@ -516,7 +516,7 @@ def calibrate(
     backend: str = "gloo",
     maximum_error: float = 0.15,    # of `CostModel.fit`
 ) -> tuple[CostModel, list[dict[str, Any]]]:  # the model, the measured rows
-    "Measure packs on real ranks and fit the cost model to them (hbp.md 2.5)."
+    "Measure packs on real ranks and fit the cost model to them (HBP, appendix D)."
     found = run_ranks("modeltc_lab.balance.training", {"mode": "calibrate", "setup": asdict(setup), "packs": calibration_packs(setup, count, degrees), "repeats": repeats}, ranks=ranks, backend=backend)
     rows = [row for f in found for row in f["rows"]]
     return fit_setup(setup, rows, maximum_error, _where(setup, ranks, backend)), rows
@@ -596,7 +596,7 @@ def compare_orders(
     backend: str = "gloo",
     maximum_error: float = 0.15,     # held-out error of the cost model above which nothing is planned with it
 ) -> Comparison:
-    "Fit the cost model, balance by it, and run every order on real ranks (hbp.md 2.5, 2.6; sections 5 and 9)."
+    "Fit the cost model, balance by it, and run every order on real ranks ."
     degrees = (1, ranks) if any(o.startswith("hbp:") for o in orders) else (1,)
     told = {"mode": "compare", "setup": asdict(setup), "packs": calibration_packs(setup, calibration, degrees), "repeats": 3, "maximum_error": maximum_error, "source": _where(setup, ranks, backend), "orders": list(orders), "seeds": [int(s) for s in seeds],
             "accumulate": accumulate, "evaluate_every": evaluate_every}
@@ -619,7 +619,7 @@ def training_orders(
 def training_normalisers(
     full: bool = False,  # more documents and seeds
 ) -> list[Record]:       # loss on text kept apart and norm of the gradient, by normaliser
-    "The same packs, ranks and tokens under four normalisers of the loss (hbp.md 2.4)."
+    "The same packs, ranks and tokens under four normalisers of the loss (HBP, training pipeline)."
     seeds, out = range(5 if full else 3), []
     setup = Setup(documents=600 if full else 300, layers=2, hidden=128)
     found: dict[str, list[OrderRun]] = {n: [] for n in NORMALISERS}
