@@ -596,7 +596,7 @@ def compare_orders(
     backend: str = "gloo",
     maximum_error: float = 0.15,     # held-out error of the cost model above which nothing is planned with it
 ) -> Comparison:
-    "Fit the cost model, balance by it, and run every order on real ranks ."
+    "Fit the cost model, balance by it, and run every order on real ranks."
     degrees = (1, ranks) if any(o.startswith("hbp:") for o in orders) else (1,)
     told = {"mode": "compare", "setup": asdict(setup), "packs": calibration_packs(setup, calibration, degrees), "repeats": 3, "maximum_error": maximum_error, "source": _where(setup, ranks, backend), "orders": list(orders), "seeds": [int(s) for s in seeds],
             "accumulate": accumulate, "evaluate_every": evaluate_every}
