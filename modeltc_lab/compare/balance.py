@@ -249,17 +249,18 @@ def quality(
 
 
 FRESH = """
-import json, resource, sys, time
+import json, sys, time
 t0 = time.perf_counter()
 import numpy as np
 from modeltc_lab.balance.packing import pack
 t1 = time.perf_counter()
 lengths = np.load(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(): return max((1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")), default=0)  # unlike ru_maxrss not that of the parent
+before = peak()
 t2, c2 = time.perf_counter(), time.process_time()
 plan = pack(lengths, int(sys.argv[2]), sys.argv[3])
 t3, c3 = time.perf_counter(), time.process_time()
-print(json.dumps({"import": t1 - t0, "pack": t3 - t2, "pack_cpu": c3 - c2, "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), "packs": plan.packs}))
+print(json.dumps({"import": t1 - t0, "pack": t3 - t2, "pack_cpu": c3 - c2, "bytes": peak() - before, "packs": plan.packs}))
 """
 
 
