@@ -185,6 +185,7 @@ def number(
 ) -> str:
     "A number for people."
     if value == 0: return "0"
+    if abs(value) < 1e-6: return f"{value:.1e}"
     rounded = float(f"{value:.{digits}g}")
     places = max(digits - 1 - math.floor(math.log10(abs(rounded))), 0)
     return f"{value:,.{min(places, 6)}f}"
