@@ -509,7 +509,7 @@ def memory_ladder(
     "What it takes to fit a model, and what that costs."
     plan = _fitted(model, stages, micros, memory_gb, recompute)
     ratio = plan.simulate().makespan_s / partition(_profile(model), stages, micros, "dp").simulate().makespan_s
-    return memory_figure(plan, f"recompute {recompute}: {int(plan.recompute.sum())} of {len(plan.recompute)} layers computed again<br>fullest rank {plan.stage_bytes.max() / 1e9:.0f} of {memory_gb:.0f} GB, step {ratio:.3f} of one without a limit")
+    return memory_figure(plan, f"recompute {recompute}, {micros} micro-batches: {int(plan.recompute.sum())} of {len(plan.recompute)} layers computed again<br>fullest rank {plan.stage_bytes.max() / 1e9:.0f} of {memory_gb:.0f} GB, step {ratio:.3f} of one without a limit")
 
 
 def memory_ladder_widget() -> W.VBox:
