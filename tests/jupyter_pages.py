@@ -14,7 +14,7 @@ import compiled
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_MS, CELL_PATIENCE_MS = 180_000, 600_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles
+PATIENCE_MS, CELL_PATIENCE_MS, DRAWN_MS = 180_000, 600_000, 45_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles; for a figure that has its frame
 
 
 def free_port():
@@ -105,12 +105,24 @@ PROGRESS = """([before, cells]) => {
 }"""
 
 
+# A live figure now and then loses the message with its traces when the browser is starved, and stays empty for good: its cell is run once more then.
+AGAIN = """i => {
+  const app = window.jupyterapp, notebook = app.shell.currentWidget.content, code = notebook.widgets.map((w, k) => [w.model.type, k]).filter(c => c[0] === 'code');
+  notebook.activeCellIndex = code[i][1];
+  return app.commands.execute('notebook:run-cell');
+}"""
+
+
 def widget(page, index):
     "The output of the cell with this widget panel, scrolled into view and drawn."
+    from playwright.sync_api import TimeoutError as Late
     page.evaluate("i => document.querySelectorAll('.jp-CodeCell')[i].scrollIntoView({block: 'start'})", index)
     cell = page.locator(".jp-CodeCell").nth(index)
     cell.locator(".js-plotly-plot .main-svg").first.wait_for()
-    page.wait_for_function(DRAWN, arg=cell.element_handle())
+    try: page.wait_for_function(DRAWN, arg=cell.element_handle(), timeout=DRAWN_MS)
+    except Late:
+        page.evaluate(AGAIN, index)
+        page.wait_for_function(DRAWN, arg=cell.element_handle())
     return cell
 
 
