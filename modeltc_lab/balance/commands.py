@@ -224,19 +224,13 @@ def cut_model(
 ) -> "PipelinePlan":
     "Cuts for one typical micro-batch."
     from modeltc_lab.balance.cost import hardware_of
-    from modeltc_lab.balance.partition import DoesNotFit, LayerProfile, analytic_profile, partition
+    from modeltc_lab.balance.partition import MEMORY_MARGIN, LayerProfile, analytic_profile, fewest_tensor_ranks, partition
     from modeltc_lab.balance.simulator import Link
 
-    card = hardware_of(hardware)
-    room, link = (card.memory_bytes if memory_gb is None else memory_gb * 1e9) * 0.92, Link(card.link_latency_s, card.network_bytes_s * card.link_efficiency)
-    profiled = isinstance(shape, LayerProfile)
-    misfit: DoesNotFit | None = None
-    for shared in [tp] if tp else [1] if profiled else [t for t in (1, 2, 4, 8) if t <= card.ranks_per_node]:
-        profile = shape.at(tiles if shape.tiles else 0.0, tokens) if profiled else analytic_profile(shape, tiles, tokens, card, tp=shared)
-        try: return partition(profile, stages, micro_batches, method, room, recompute, schedule=schedule, link=link)
-        except DoesNotFit as e: misfit = e
-    assert misfit is not None
-    raise misfit
+    card, profiled = hardware_of(hardware), isinstance(shape, LayerProfile)
+    room, link = (card.memory_bytes if memory_gb is None else memory_gb * 1e9) * (1 - MEMORY_MARGIN), Link(card.link_latency_s, card.network_bytes_s * card.link_efficiency)
+    profile_of = lambda degree: shape.at(tiles if shape.tiles else 0.0, tokens) if profiled else analytic_profile(shape, tiles, tokens, card, tp=degree)
+    return fewest_tensor_ranks(profile_of, lambda p: partition(p, stages, micro_batches, method, room, recompute, schedule=schedule, link=link), tp or (1 if profiled else None), card.ranks_per_node)[0]
 
 
 COMMANDS = {"pack": pack, "plan": plan}

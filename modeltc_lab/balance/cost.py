@@ -17,15 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .lengths import whole_number
+
 if TYPE_CHECKING: from .packing import PackPlan
 
 # %% ../../nbs/balance/71b_cost.ipynb #ffe11e8a
-def _whole(name: str, value: Any, least: int) -> int:
-    "A whole number that is large enough."
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least: raise ValueError(f"{name}={value!r}: need a whole number, at least {least}")
-    return int(value)
-
-
 @dataclass(frozen=True)
 class GroupSpec:
     "A capacity and how packs of it are run (HBP, Algorithms 1, 3 and 4)."
@@ -35,7 +31,7 @@ class GroupSpec:
     gc_layers: int = 0  # layers whose activations are computed again in the backward pass
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 1), ("sp", 1), ("gc_layers", 0)): object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+        for name, least in (("length", 1), ("sp", 1), ("gc_layers", 0)): object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
 
 
 def check_groups(
@@ -82,7 +78,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.type in ("int", int): _whole(f.name, getattr(self, f.name), 1 if f.name in ("layers", "hidden", "heads", "kv_heads", "intermediate") else 0)
+            if f.type in ("int", int): whole_number(f.name, getattr(self, f.name), 1 if f.name in ("layers", "hidden", "heads", "kv_heads", "intermediate") else 0)
         if self.heads % self.kv_heads: raise ValueError(f"kv_heads={self.kv_heads}: need a divisor of heads={self.heads}")
         if not self.head_dim: object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if not self.value_dim: object.__setattr__(self, "value_dim", self.head_dim)
@@ -138,7 +134,7 @@ class ModelShape:
         gc_layers: int = 0,  # checkpointed layers, at most `layers`
     ) -> NDArray[np.float64]:
         "Operations of forward and backward, attention's backward 2.5 times its forward; a checkpointed layer runs forward twice."
-        t, s, again = np.asarray(tokens, np.float64), np.asarray(squares, np.float64), _whole("gc_layers", gc_layers, 0) / self.layers
+        t, s, again = np.asarray(tokens, np.float64), np.asarray(squares, np.float64), whole_number("gc_layers", gc_layers, 0) / self.layers
         if again > 1: raise ValueError(f"gc_layers={gc_layers}: {self.name} has {self.layers} layers")
         return (6.0 * (self.layer_weights + self.hidden * self.vocab) + 2.0 * again * self.layer_weights) * t + (3.5 + again) * self.square_flops * s
 
@@ -201,7 +197,7 @@ def model_shape(
 # %% ../../nbs/balance/71b_cost.ipynb #6a61bbe3
 @dataclass(frozen=True)
 class Hardware:
-    "What of a cluster decides the time of a step. Peaks from data sheets, efficiencies assumed."
+    "What of a cluster decides the time of a step: peaks from data sheets; shares reached and the wait for weights set for the H100 by six iteration times of the HBP paper (Table 4), for the A100 assumed."
 
     name: str
     flops: float                       # dense half-precision FLOP/s of a device
@@ -217,7 +213,7 @@ class Hardware:
     gather_bytes_s: float = 500e9      # sharded weights over the seconds their gathering is waited for (most of it hides behind compute)
 
     def __post_init__(self) -> None:
-        _whole("ranks_per_node", self.ranks_per_node, 1)
+        whole_number("ranks_per_node", self.ranks_per_node, 1)
         if not 0 <= self.link_latency_s < math.inf: raise ValueError(f"link_latency_s={self.link_latency_s}: need a finite number of seconds, 0 or more")
         for name in ("flops", "memory_bytes", "memory_bandwidth", "link_bytes_s", "network_bytes_s", "gather_bytes_s"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name}={getattr(self, name)}: need a finite number above 0")
@@ -270,7 +266,7 @@ class CostModel:
             if not getattr(self, name) > 0: raise ValueError(f"{name}={getattr(self, name)}: need more than 0")
         for name in ("forward_share", "square_forward_share"):
             if (v := getattr(self, name)) is not None and not 0 <= v <= 1: raise ValueError(f"{name}={v}: need a share in [0, 1]")
-        for name, least in (("layers", 1), ("ranks_per_node", 0), ("kv_heads", 0)): _whole(name, getattr(self, name), least)
+        for name, least in (("layers", 1), ("ranks_per_node", 0), ("kv_heads", 0)): whole_number(name, getattr(self, name), least)
 
     def exchange_seconds(
         self,
@@ -296,7 +292,7 @@ class CostModel:
         tiles: ArrayLike = 0,    # image tiles
     ) -> dict[str, NDArray[np.float64]]:  # seconds by cause; they add up to `seconds`
         "Where the time of a pack goes."
-        sp, gc = _whole("sp", sp, 1), _whole("gc_layers", gc_layers, 0)
+        sp, gc = whole_number("sp", sp, 1), whole_number("gc_layers", gc_layers, 0)
         if gc > self.layers: raise ValueError(f"gc_layers={gc}: the model has {self.layers} layers")
         t, s, n, v = (np.asarray(x, np.float64) for x in (tokens, squares, docs, tiles))
         linear, square = (self.token_s * t + self.tile_s * v) / sp, self.square_s * s / sp

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IntArray', 'SHORT_MEDIAN', 'SHORT_SIGMA', 'SHORT_RANGE', 'LONG_RANGE', 'TILE_TOKENS', 'VLM_LISTS', 'VLM_SUBSETS',
-           'LENGTH_COLUMNS', 'check_lengths', 'check_sizes', 'rows_of', 'Samples', 'long_context_mix', 'describe',
-           'generated_vlm_samples', 'vlm_samples', 'read_lengths', 'read_samples', 'lengths_of']
+           'LENGTH_COLUMNS', 'whole_number', 'check_lengths', 'check_sizes', 'rows_of', 'Samples', 'long_context_mix',
+           'describe', 'generated_vlm_samples', 'vlm_samples', 'read_lengths', 'read_samples', 'lengths_of']
 
 # %% ../../nbs/balance/70_lengths.ipynb #7000a003
 import csv
@@ -24,6 +24,16 @@ from ..core.data import DataError, find
 from ..core.data import load as load_data
 
 # %% ../../nbs/balance/70_lengths.ipynb #7000a006
+def whole_number(
+    name: str,    # of the argument, for the message
+    value: Any,   # what was given for it
+    least: int,   # smallest value allowed
+) -> int:
+    "A whole number that is large enough, or an error."
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least: raise ValueError(f"{name}={value!r}: need a whole number of {least} or more")
+    return int(value)
+
+
 IntArray = NDArray[np.int64]
 
 
@@ -122,19 +132,13 @@ class Samples:
 SHORT_MEDIAN, SHORT_SIGMA, SHORT_RANGE, LONG_RANGE = 480, 1.05, (16, 32_768), (8_192, 131_072)
 
 
-def _count(name: str, n: int, low: int = 0) -> int:
-    "A whole number of things, or an error."
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < low: raise ValueError(f"{name}={n}: need a whole number of at least {low}")
-    return int(n)
-
-
 def long_context_mix(
     shorts: int = 939_344,  # short documents
     longs: int = 2_000,     # long documents
     seed: int = 0,          # of lengths and order
 ) -> IntArray:              # (shorts + longs,) tokens, shuffled
     "A generated mix of short and long documents, calibrated to the figures of the HBP paper."
-    rng, shorts, longs = np.random.default_rng(seed), _count("shorts", shorts), _count("longs", longs)
+    rng, shorts, longs = np.random.default_rng(seed), whole_number("shorts", shorts, 0), whole_number("longs", longs, 0)
     if not shorts + longs: raise ValueError("shorts=0, longs=0: need at least one document")
     body = np.clip(np.rint(rng.lognormal(np.log(SHORT_MEDIAN), SHORT_SIGMA, shorts)), *SHORT_RANGE).astype(np.int64)
     mix = np.concatenate([body, rng.integers(LONG_RANGE[0], LONG_RANGE[1] + 1, longs)])
@@ -163,7 +167,7 @@ def generated_vlm_samples(
     seed: int = 0,  # of the draws
 ) -> Samples:       # tiles and tokens
     "Samples drawn from the counts and quantiles of the four lists; below the median the text is taken as no shorter than half of it."
-    rng, n = np.random.default_rng(seed), _count("n", n, 1)
+    rng, n = np.random.default_rng(seed), whole_number("n", n, 1)
     share = np.array([s[0] for s in VLM_SUBSETS.values()], dtype=np.float64)
     which = rng.choice(len(share), n, p=share / share.sum())
     tiles, text = np.zeros(n, np.int64), np.zeros(n, np.int64)
@@ -184,7 +188,7 @@ def vlm_samples(
     rows = load_data(VLM_LISTS)
     all_ = Samples(np.stack([rows["vit_num"], rows["token_num"]], axis=1), ("tiles", "tokens"), f"{path.name}: 4 of the 9 lists of the InternVL-1.2 mix", labels=rows["dataset"])
     if n is None: return all_
-    rng, n = np.random.default_rng(seed), _count("n", n, 1)
+    rng, n = np.random.default_rng(seed), whole_number("n", n, 1)
     drawn = all_.select(rng.choice(len(all_), n, replace=n > len(all_)))
     return drawn if n <= len(all_) else Samples(drawn.sizes, drawn.names, f"{drawn.source}, {n} drawn with replacement", labels=drawn.labels)
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .cost import CostModel, Hardware, hardware_of
-from .lengths import IntArray, Samples, check_sizes, vlm_samples
+from .lengths import IntArray, Samples, check_sizes, vlm_samples, whole_number
 from .packing import PackPlan
-from .partition import METHODS, RECOMPUTE, DoesNotFit, LayerProfile, PipelinePlan, analytic_profile, partition
+from .partition import MEMORY_MARGIN, METHODS, RECOMPUTE, LayerProfile, PipelinePlan, analytic_profile, fewest_tensor_ranks, partition
 from .schedule import BalancedBatchSampler, StepSchedule, metrics, read_schedule, schedule, write_schedule
 from .simulator import Link, StageTimes, Timeline, simulate_pipeline
 from .vector_packing import TILE_COST, Limits, check_limits, isf, pattern_pack, search_limits, vector_bound
@@ -37,8 +37,7 @@ def fixed_batches(
 ) -> PackPlan:                 # sizes as computed: every sample as long as the longest of its batch
     "Micro-batches of a fixed number of samples, text padded to the longest: what is done without a plan."
     sizes = check_sizes(features, "features")
-    for name, value, least in (("batch", batch, 1), ("group_by_length", group_by_length, 0)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least: raise ValueError(f"{name}={value}: need a whole number of {least} or more")
+    for name, value, least in (("batch", batch, 1), ("group_by_length", group_by_length, 0)): whole_number(name, value, least)
     order = np.random.default_rng(seed).permutation(len(sizes))
     if group_by_length: order = order[np.lexsort((-sizes[order, -1], np.arange(len(order)) // (batch * group_by_length)))]
     offsets = np.append(np.arange(0, len(order), batch), len(order))
@@ -261,7 +260,7 @@ def plan_vlm(
     tp: int | None = None,                           # tensor-parallel ranks; None: 1 for a measured profile, else the fewest with which the model fits
     frozen: Sequence[str] = (),                      # kinds of layers that are not trained
     memory_bytes: float | None = None,               # of a device; None: of the hardware
-    memory_margin: float = 0.08,                     # share of it that stays free
+    memory_margin: float = MEMORY_MARGIN,                     # share of it that stays free
     pipeline_schedule: str = "1f1b",                 # order of operations
     steps: int | None = 32,                          # simulated for the summary, evenly spread; None: all
     oversize: Literal["error", "drop"] = "error",    # samples above the limits
@@ -270,8 +269,7 @@ def plan_vlm(
     "From tiles and tokens and a model to micro-batches, their order, cuts and recomputation."
     for name, value, allowed in (("data", data, DATA), ("method", method, METHODS), ("recompute", recompute, RECOMPUTE)):
         if value not in allowed: raise ValueError(f"{name}={value!r}: need one of {', '.join(allowed)}")
-    for name, count in (("stages", stages), ("ranks", ranks), ("micro_batches", micro_batches)):
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1: raise ValueError(f"{name}={count}: need a whole number of 1 or more")
+    for name, count in (("stages", stages), ("ranks", ranks), ("micro_batches", micro_batches)): whole_number(name, count, 1)
     if not 0 <= memory_margin < 1: raise ValueError(f"memory_margin={memory_margin}: need a share of 0 or more, below 1")
     start, card = perf_counter(), hardware_of(hardware)
     found = vlm_samples() if samples is None else samples
@@ -286,12 +284,8 @@ def plan_vlm(
     worst = (*(float(max(q, 1)) for q in packs.limits), float(packs.squares.max()))
     room = (card.memory_bytes if memory_bytes is None else memory_bytes) * (1 - memory_margin)
     link = Link(card.link_latency_s, card.network_bytes_s * card.link_efficiency)
-    for shared in [tp] if tp else [1] if isinstance(model, LayerProfile) else [t for t in (1, 2, 4, 8) if t <= card.ranks_per_node]:
-        one = counted(shared)
-        try: cut = partition(one.at(*typical), stages, micro_batches, method, room, recompute, one.at(*worst), pipeline_schedule, link=link)
-        except DoesNotFit as e: misfit = e
-        else: break
-    else: raise misfit
+    cut, one, shared = fewest_tensor_ranks(counted, lambda p: partition(p.at(*typical), stages, micro_batches, method, room, recompute, p.at(*worst), pipeline_schedule, link=link),
+                                           tp or (1 if isinstance(model, LayerProfile) else None), card.ranks_per_node)
     cost = profile_cost(one)
     made = order_packs(packs, ranks, micro_batches, cost, balance, key, seed)
     wait = gradient_exchange_s(cut, ranks, card)

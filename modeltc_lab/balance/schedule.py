@@ -23,6 +23,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from .cost import DEFAULT_COST, CostModel, GroupSpec, check_groups
+from .lengths import whole_number
 from .packing import PackPlan, lower_bound
 
 # %% ../../nbs/balance/71c_schedule.ipynb #07ee9e81
@@ -234,12 +235,6 @@ def pack_seconds(
     return np.append(cost.of(plan, group), cost.seconds(0, 0, 0, group.sp, group.gc_layers))
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    "A whole number from `least` on."
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least: raise ValueError(f"{name}={value!r}: need a whole number of {least} or more")
-    return int(value)
-
-
 def _matched(plans: PackPlan | Sequence[PackPlan], groups: GroupSpec | Sequence[GroupSpec] | None, world: int) -> tuple[tuple[PackPlan, ...], tuple[GroupSpec, ...]]:
     "Plans and their groups, shortest first; every group fits the world, every plan its group."
     plans = (plans,) if isinstance(plans, PackPlan) else tuple(plans)
@@ -267,9 +262,9 @@ def schedule(
     epoch: int = 0,                                             # another epoch, another order
 ) -> StepSchedule:
     "Deal packs to ranks, step by step (HBP, Algorithms 2, 5 to 7 and training pipeline)."
-    world, accumulate, curriculum_steps = _whole("world", world, 1), _whole("accumulate", accumulate, 1), _whole("curriculum_steps", curriculum_steps, 0)
+    world, accumulate, curriculum_steps = whole_number("world", world, 1), whole_number("accumulate", accumulate, 1), whole_number("curriculum_steps", curriculum_steps, 0)
     plans, groups = _matched(plans, groups, world)
-    cost, order, rng = cost or DEFAULT_COST, parse_balance(balance, accumulate), np.random.default_rng([_whole("seed", seed, 0), _whole("epoch", epoch, 0)])
+    cost, order, rng = cost or DEFAULT_COST, parse_balance(balance, accumulate), np.random.default_rng([whole_number("seed", seed, 0), whole_number("epoch", epoch, 0)])
     rows = []
     for plan, group in zip(plans, groups):
         seconds = pack_seconds(plan, group, cost)
@@ -494,7 +489,7 @@ class BalancedBatchSampler:
         micro_batches: int | None = None,  # what the trainer has had of this epoch; None: all that was handed out, right without workers
     ) -> dict[str, Any]:
         "Where this epoch stands, and of which schedule."
-        return {"fingerprint": self._first.fingerprint(), "epoch": self.epoch, "micro_batches": self.handed if micro_batches is None else _whole("micro_batches", micro_batches, 0)}
+        return {"fingerprint": self._first.fingerprint(), "epoch": self.epoch, "micro_batches": self.handed if micro_batches is None else whole_number("micro_batches", micro_batches, 0)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on after what was consumed."
@@ -579,7 +574,7 @@ class PackedCollator:
     pad_to_multiple_of: int = 1   # such as the largest sequence-parallel degree
     pad_token_id: int = 0
 
-    def __post_init__(self) -> None: _whole("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+    def __post_init__(self) -> None: whole_number("pad_to_multiple_of", self.pad_to_multiple_of, 1)
 
     def __call__(
         self,

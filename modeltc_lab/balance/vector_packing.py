@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from .lengths import IntArray, check_sizes
+from .lengths import IntArray, check_sizes, whole_number
 from .packing import PackPlan
 
 # %% ../../nbs/balance/71a_vector_packing.ipynb #838168be
@@ -185,7 +185,7 @@ def isf(
     "Iterative sampling and filtering for any number of resources (OmniBal, Algorithm 1)."
     sizes, capacity, ids, large = fitting(features, limits, oversize)
     need = thresholds(capacity, accept)
-    if isinstance(rounds, bool) or not isinstance(rounds, int | np.integer) or rounds < 1: raise ValueError(f"rounds={rounds}: need at least 1")
+    rounds = whole_number("rounds", rounds, 1)
     if not 0 <= stop < 1: raise ValueError(f"stop={stop}: need a share of 0 or more, below 1")
     small = max(int(sizes[ids].max(initial=0)), len(sizes)) < 2**31
     rows = np.column_stack([ids, sizes[ids]]).astype(np.int32 if small else np.int64)
@@ -202,7 +202,7 @@ def _steps(
     ranks: int,         # packs a step
 ) -> NDArray[np.float64]:  # (steps, ranks), empty ranks 0
     "Consecutive packs, one step a row."
-    if isinstance(ranks, bool) or not isinstance(ranks, int | np.integer) or ranks < 1: raise ValueError(f"ranks={ranks}: need at least 1")
+    ranks = whole_number("ranks", ranks, 1)
     flat = np.asarray(values, np.float64)
     return np.concatenate([flat, np.zeros(-len(flat) % ranks)]).reshape(-1, ranks)
 
@@ -273,7 +273,7 @@ def classes(
 ) -> Classes:
     "Round sizes to whole units and gather equal ones."
     if len(limits) > 2: raise ValueError(f"limits={limits}: patterns know 1 or 2 resources; use isf for more")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1: raise ValueError(f"steps={steps}: need a whole number of units, 1 or more")
+    steps = whole_number("steps", steps, 1)
     if len(limits) == 1: sizes, limits = np.column_stack([np.zeros(len(sizes), np.int64), sizes]), (1, *limits)
     unit = np.maximum(np.array(limits) // steps, 1)
     caps = np.array(limits) // unit

@@ -198,7 +198,7 @@ def test_file_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: GroupSpec(-1), "length=-1: need a whole number, at least 1"), (lambda: GroupSpec(8, 0), "sp=0"), (lambda: GroupSpec(8, 1, -1), "gc_layers=-1"), (lambda: GroupSpec(8.5), "length=8.5"), (lambda: GroupSpec(True), "length=True"),
+    (lambda: GroupSpec(-1), "length=-1: need a whole number of 1 or more"), (lambda: GroupSpec(8, 0), "sp=0"), (lambda: GroupSpec(8, 1, -1), "gc_layers=-1"), (lambda: GroupSpec(8.5), "length=8.5"), (lambda: GroupSpec(True), "length=True"),
     (lambda: check_groups([]), "need at least one group"), (lambda: check_groups([8, 8]), "length 8 occurs twice"), (lambda: check_groups([GroupSpec(8, 4)], world=2), "world=2: sp=4 .* more ranks share a pack than there are"),
     (lambda: check_groups([GroupSpec(8, 4)], world=6), "world=6: sp=4 .* does not divide it"), (lambda: check_groups([GroupSpec(8, 4)], world=8, heads=6), "heads=6: sp=4"),
     (lambda: model_shape("gpt-5"), "model='gpt-5': known are"), (lambda: hardware_of("tpu"), "hardware='tpu': known are"), (lambda: Hardware("x", -1.0), "flops=-1.0"), (lambda: Hardware("x", 1.0, link_efficiency=0.0), "link_efficiency=0.0"),
