@@ -15,8 +15,8 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its own functions are decorated then
 
-try: from hypothesis import settings  # noqa: E402, I001
+try: from hypothesis import HealthCheck, settings  # noqa: E402, I001
 except ImportError: pass  # the kernels' tests also run on a bare GPU machine
 else:
-    settings.register_profile("project", deadline=None, derandomize=True, print_blob=False)
+    settings.register_profile("project", deadline=None, derandomize=True, print_blob=False, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("project")

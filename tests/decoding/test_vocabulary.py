@@ -100,7 +100,7 @@ def test_any_byte_fallback_tokens_decode_alike(ids, style):
     try: expected = text.decode()
     except UnicodeDecodeError: assume(False)
     first = READ[style].tokens[ids[0]] if ids else b""
-    assume(style != "meta" or first.count(b" ") <= first.startswith(b" "))  # Metaspace's decoder drops every space of the first token
+    assume(style != "meta" or (first.count(b" ") <= first.startswith(b" ") and ids[:1] != [FALLBACK["meta"].token_to_id("<0x20>")]))  # Metaspace's decoder drops every space of the first token, and keeps one written as a byte
     assert FALLBACK[style].decode(ids, skip_special_tokens=False) == expected
 
 
