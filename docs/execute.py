@@ -28,6 +28,7 @@ import compiled  # noqa: E402
 NBS, OUT = ROOT / "nbs", ROOT / "docs" / "_build" / "executed"
 QUIET = {"PLOTLY_RENDERER": "plotly_mimetype", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1"}
 CELL_TIMEOUT_S = 600
+ANSI = r"\x1b\[[0-9;]*m"  # colours of a traceback
 
 
 def test_flags():
@@ -63,7 +64,7 @@ class Runner(NotebookClient):
 
 
 def run(path, flags, state, force):
-    "Execute one notebook; returns (ok, message, cells left out)."
+    "Execute one notebook; returns (ok, message, cells left out); of a failure the last line says what it was."
     relative = path.relative_to(NBS)
     target, stamp = OUT / relative, OUT / relative.with_suffix(".stamp")
     key = hashlib.sha256(path.read_bytes() + state.encode() + " ".join(sorted(flags)).encode()).hexdigest()
@@ -79,7 +80,7 @@ def run(path, flags, state, force):
     except CellExecutionError as e:
         at = next(i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", [])))
         head = nb.cells[at].source.strip().splitlines()[:6]
-        return False, f"{relative}: cell {at} failed\n    " + "\n    ".join(head) + f"\n{e.traceback[-3000:]}", client.skipped
+        return False, f"{relative}: cell {at} failed\n    " + "\n    ".join(head) + f"\n{e.traceback[-3000:].rstrip()}", client.skipped
     except Exception as e: return False, f"{relative}: {type(e).__name__}: {e}", client.skipped
     nbformat.write(nb, target)
     stamp.write_text(f"{key} {client.skipped}")
@@ -98,15 +99,16 @@ def main():
     if not args.notebooks:  # copies of notebooks that are gone
         for old in OUT.rglob("*.ipynb"):
             if not (NBS / old.relative_to(OUT)).is_file(): old.unlink()
-    failed, skipped, state = 0, 0, fingerprint()
+    failed, skipped, state = list[str](), 0, fingerprint()
     with ThreadPoolExecutor(args.jobs) as pool:
         for ok, message, cells in pool.map(lambda p: run(p, flags, state, args.force), paths):
             print(message, flush=True)
-            failed, skipped = failed + (not ok), skipped + cells
-    summary = {"passed": len(paths) - failed, "failed": failed, "skipped": skipped}
+            failed, skipped = failed + [message] * (not ok), skipped + cells
+    summary = {"passed": len(paths) - len(failed), "failed": len(failed), "skipped": skipped}
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "summary.json").write_text(json.dumps(summary))
-    print(f"notebooks: {summary['passed']} passed, {failed} failed, {skipped} cells skipped", flush=True)
+    for lines in map(str.splitlines, failed): print(f"FAILED {lines[0]}: {re.sub(ANSI, '', lines[-1])[:300]}")
+    print(f"notebooks: {summary['passed']} passed, {len(failed)} failed, {skipped} cells skipped", flush=True)
     return 1 if failed else 0
 
 

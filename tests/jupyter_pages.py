@@ -14,7 +14,7 @@ import compiled
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_MS, CELL_PATIENCE_MS, DRAWN_MS = 180_000, 600_000, 45_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles; for a figure that has its frame
+PATIENCE_MS, CELL_PATIENCE_MS, MOVED_MS = 180_000, 600_000, 90_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles; for a figure to show its state
 
 
 def free_port():
@@ -66,7 +66,7 @@ def opened(lab, browser, path):
     "A notebook in the browser, run from top to bottom; page errors and outside requests are kept."
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
-    page.errors, page.hosts = [], set()
+    page.errors, page.hosts, page.afresh = [], set(), False
     page.on("pageerror", lambda e: page.errors.append(str(e)))
     page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
     page.goto(f"{lab}/lab/tree/{path}?reset")
@@ -105,7 +105,7 @@ PROGRESS = """([before, cells]) => {
 }"""
 
 
-# A live figure now and then loses the message with its traces when the browser is starved, and stays empty for good: its cell is run once more then.
+# Run one cell of the notebook in front once more; ends when the cell has.
 AGAIN = """i => {
   const app = window.jupyterapp, notebook = app.shell.currentWidget.content, code = notebook.widgets.map((w, k) => [w.model.type, k]).filter(c => c[0] === 'code');
   notebook.activeCellIndex = code[i][1];
@@ -114,15 +114,12 @@ AGAIN = """i => {
 
 
 def widget(page, index):
-    "The output of the cell with this widget panel, scrolled into view and drawn."
-    from playwright.sync_api import TimeoutError as Late
+    "The output of the cell with this widget panel, scrolled into view and drawn; on the second attempt of a test the cell is run once more first."
     page.evaluate("i => document.querySelectorAll('.jp-CodeCell')[i].scrollIntoView({block: 'start'})", index)
+    if page.afresh: page.evaluate(AGAIN, index)
     cell = page.locator(".jp-CodeCell").nth(index)
     cell.locator(".js-plotly-plot .main-svg").first.wait_for()
-    try: page.wait_for_function(DRAWN, arg=cell.element_handle(), timeout=DRAWN_MS)
-    except Late:
-        page.evaluate(AGAIN, index)
-        page.wait_for_function(DRAWN, arg=cell.element_handle())
+    page.wait_for_function(DRAWN, arg=cell.element_handle(), timeout=MOVED_MS)
     return cell
 
 
@@ -147,7 +144,7 @@ def moves(page, cell, act):
     handle = cell.element_handle()
     before = handle.evaluate(STATE)
     act()
-    page.wait_for_function(CHANGED, arg=[handle, before])
+    page.wait_for_function(CHANGED, arg=[handle, before], timeout=MOVED_MS)
     return json.loads(before), json.loads(handle.evaluate(STATE))
 
 

@@ -39,19 +39,20 @@ def counted(name, command, code, tail):
 
 
 def run(name, command, aloud=True):
-    "Run one step; aloud, its output is on the screen as it comes, else at its end. Returns its exit code and counts."
+    "Run one step; aloud, its output is on the screen as it comes, else at its end. Returns its exit code, counts and the lines that name what failed."
     say = (lambda text: print(text, end="", flush=True)) if aloud else (said := []).append
     say(f"\n=== {name}\n")
     if name == "notebooks": SUMMARY.unlink(missing_ok=True)  # what an earlier run counted is not this run's
-    start, tail = time.time(), []
+    start, tail, faults = time.time(), [], []
     with subprocess.Popen([str(c) for c in command], cwd=ROOT, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         for line in p.stdout or ():
             if "[IPKernelApp]" in line: continue
             say(line)
             tail = [*tail[-5:], line]
+            if line.startswith(("FAILED ", "ERROR ")): faults.append(line)
     say(f"--- {name}: {time.time() - start:.0f} s, exit {p.returncode}\n")
     if not aloud: print("".join(said), end="", flush=True)
-    return p.returncode, counted(name, command, p.returncode, tail)
+    return p.returncode, counted(name, command, p.returncode, tail), faults
 
 
 def run_row(steps):
@@ -60,11 +61,13 @@ def run_row(steps):
 
 
 def main():
-    start, total, red = time.time(), {"passed": 0, "failed": 0, "skipped": 0}, []
+    start, total, red, faults = time.time(), {"passed": 0, "failed": 0, "skipped": 0}, [], []
     for steps in STEPS:
-        for (name, _), (code, counts) in zip(steps, run_row(steps)):
+        for (name, _), (code, counts, said) in zip(steps, run_row(steps)):
             total = {k: total[k] + counts[k] for k in total}
             if code: red.append(name)
+            faults += said
+    print("\n" + "".join(faults), end="")
     print(f"\nall steps: {time.time() - start:.0f} s" + (f"; failed: {', '.join(red)}" if red else ""))
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
     return 1 if red else 0

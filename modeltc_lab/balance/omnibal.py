@@ -9,6 +9,7 @@ __all__ = ['KEYS', 'DATA', 'GRADIENT_BYTES', 'PAPER', 'PAPER_DATA', 'LEVERS', 'P
            'lever_plans', 'Rung', 'ladder', 'lever_shares', 'data_point', 'omnibal_data', 'omnibal_ladder']
 
 # %% ../../nbs/balance/74_omnibal.ipynb #cd0fdfc7
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations, product
@@ -116,6 +117,7 @@ def pack_samples(
         if limits is not None: raise ValueError(f"limits={limits}: data={data!r} has batches of a fixed number of samples; leave limits out or choose isf or patterns")
         return fixed_batches(features, int(np.ceil(target_batch)), seed, 50 if data == "grouped" else 0), None
     found = search_limits(features, target_batch, score, ranks, seed=seed, weights=weights or (TILE_COST, 1.0)) if limits is None else None
+    if found and not found.complete: warnings.warn(f"the search for limits ran out of time after {len(found.trials)} trials; another run may end elsewhere: give limits={found.limits} to repeat this plan", stacklevel=2)
     bounds = found.limits if found else check_limits(limits, 2)  # type: ignore[arg-type]
     return (isf(features, bounds, seed=seed, oversize=oversize) if data == "isf" else pattern_pack(features, bounds, seed, oversize)), found
 

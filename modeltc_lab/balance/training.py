@@ -612,7 +612,7 @@ def training_orders(
     full: bool = False,  # more documents and seeds
 ) -> list[Record]:       # time of the slower rank, idle, loss, predicted and measured, by order
     "A model of a few million parameters on two real ranks: random, sorted, windowed and hierarchical orders in turn, a step of each."
-    setup = Setup(documents=600 if full else 320, median=120, longest=2048, capacity=2048, long_share=0.06, layers=4, hidden=256, heads=8, kv_heads=4, mlp=768, lr=6e-4)
+    setup = Setup(documents=600 if full else 320, median=120, longest=2048, capacity=2048, long_share=0.06, layers=4, hidden=256, heads=8, kv_heads=4, mlp=768, lr=3e-4)
     return compare_orders(("random", "sort", "window:4", "hbp:window:4"), setup, seeds=range(5 if full else 3), evaluate_every=10, calibration=32).records()
 
 

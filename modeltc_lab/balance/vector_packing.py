@@ -467,7 +467,7 @@ def search_limits(
     target_batch: float = 4,                      # samples a pack on average, up to one more
     score: Literal["idle", "omnibal"] = "idle",   # judge by idle share over a grid, or the paper's search and sum of ratios
     ranks: int = 8,                               # packs a step
-    budget_s: float = 30,                         # stop after this many seconds if any limits tried so far give the batch; the best of them is the answer
+    budget_s: float = 30,                         # stop this many seconds after the first limits if any tried so far give the batch; the best of them is the answer
     weights: Sequence[float] = (TILE_COST, 1.0),  # cost of a tile and of a token
     rounds: int = 50,                             # of isf
     seed: int = 0,                                # of shuffles and order
@@ -481,14 +481,16 @@ def search_limits(
     if not budget_s > 0: raise ValueError(f"budget_s={budget_s}: need a number of seconds above 0")
     most, unit = sizes.max(axis=0), max(int(sizes[:, 1].mean() // max(sizes[:, 0].mean(), 1) + 1) // 16 * 16, 16)
     if len(sizes) > at_most: sizes = sizes[np.random.default_rng(seed).choice(len(sizes), at_most, replace=False)]
-    trials, until = dict[tuple[int, ...], Trial](), perf_counter() + budget_s
+    trials, until = dict[tuple[int, ...], Trial](), float("inf")
 
     inside = lambda t: target_batch <= t.samples_per_pack <= target_batch + 1
 
     def attempt(limits: tuple[int, int]) -> Trial | None:
         "Try limits unless they are too small for some sample, or the time is up and an answer is there."
+        nonlocal until
         if limits[0] < most[0] or limits[1] < most[1] or (perf_counter() > until and any(map(inside, trials.values()))): return None
         if limits not in trials: trials[limits] = _trial(sizes, limits, score, ranks, weights, rounds, seed)
+        until = min(until, perf_counter() + budget_s)      # counted from the end of the first trial, which may compile
         return trials[limits]
 
     if score == "idle":

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeltc_lab.balance.cost import HARDWARE
-from modeltc_lab.balance.lengths import Samples, vlm_samples
+from modeltc_lab.balance.lengths import Samples, generated_vlm_samples, vlm_samples
 from modeltc_lab.balance.omnibal import (
     DATA,
     LEVERS,
@@ -257,3 +257,12 @@ def test_a_link_is_part_of_the_step():
     made, pipeline = order_packs(isf(FEW.sizes, LIMITS), 2, 4, COST), partition(PROFILE, 4, 4)
     slow = replace(pipeline, link=Link(0.5))
     assert simulate_epoch(made, slow, steps=2).causes["comm"] > simulate_epoch(made, pipeline, steps=2).causes["comm"] == 0
+
+
+def test_a_search_cut_short_is_said(monkeypatch):
+    "Limits that depend on the speed of the machine are no plan to repeat, unless they are named."
+    from modeltc_lab.balance import omnibal, vector_packing
+    monkeypatch.setattr(omnibal, "search_limits", lambda *a, **k: vector_packing.search_limits(*a, **k, budget_s=1e-9))
+    sizes = generated_vlm_samples(200, seed=1).sizes
+    with pytest.warns(UserWarning, match="ran out of time after"): _, found = pack_samples(sizes, "isf", target_batch=3)
+    assert not found.complete

@@ -1,6 +1,7 @@
 "One Chromium for all browser tests; without it they say how to install it."
 
 import shutil
+import warnings
 
 import pytest
 from jupyter_pages import server_over_notebooks
@@ -26,3 +27,19 @@ def browser():
 def lab(tmp_path_factory):
     "A JupyterLab server on the loopback interface over a copy of the notebooks: its address."
     with server_over_notebooks(tmp_path_factory.mktemp("lab")) as address: yield address
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    "A live figure now and then loses a message when the browser is starved: a test that waited for one in vain starts over with its cells run afresh, once, and says so."
+    from playwright.sync_api import TimeoutError as Late
+    try: return (yield)
+    except Late as late:
+        pages = [p for p in pyfuncitem.funcargs.values() if hasattr(p, "afresh")]
+        if not pages: raise
+        warnings.warn(f"{pyfuncitem.nodeid} waited in vain and is run once more: {late}", stacklevel=1)
+        for p in pages: p.afresh = True
+        try: pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+        finally:
+            for p in pages: p.afresh = False
+        return True
