@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GRID', 'METHODS', 'TWIN_MIME', 'MAX_FIGURES', 'MAX_BYTES', 'axis', 'MethodStyle', 'register_method',
-           'style', 'Twin', 'twin', 'page', 'slider', 'panel', 'refresh', 'show', 'tell']
+           'style', 'Twin', 'twin', 'page', 'slider', 'LiveFigure', 'panel', 'refresh', 'show', 'tell']
 
 # %% ../../nbs/core/04_viz.ipynb #039a06ed
 import json
@@ -247,19 +247,34 @@ def slider(
                 layout=W.Layout(width="320px"))
 
 
+class LiveFigure(go.FigureWidget):
+    "A figure widget that reaches the browser whole: plotly's own goes there empty, sends its traces after, and stays empty where it is drawn between the two."
+
+    _whole = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._whole = True
+        self.open()
+
+    def open(self) -> None:
+        "Go to the browser, once traces and layout are in place."
+        if self._whole: super().open()
+
+
 def panel(
     fig: go.Figure,                 # the first state, complete
     controls: dict[str, W.Widget],  # by name
 ) -> W.VBox:                        # with `.fig`, `.controls` and `.message`
     "Controls and a line for messages above a live figure."
-    live, message = go.FigureWidget(fig), W.HTML()
+    live, message = LiveFigure(fig), W.HTML()
     box = W.VBox([W.HBox(list(controls.values()), layout=W.Layout(flex_flow="row wrap")), message, live])
     box.fig, box.controls, box.message = live, controls, message
     return box
 
 
 def refresh(
-    live: go.FigureWidget,  # on the screen
+    live: LiveFigure,  # on the screen
     new: go.Figure,         # what it should show; the same traces in the same order
 ) -> None:
     "Move a live figure to a new state in one update."
@@ -277,7 +292,7 @@ def show(
     places = lambda fig: [(t.type, t.name if t.type == "table" else None, getattr(t, "yaxis", None)) for t in fig.data]
     if places(box.fig) == places(new): refresh(box.fig, new)
     else:
-        box.fig = go.FigureWidget(new)
+        box.fig = LiveFigure(new)
         box.children = (*box.children[:-1], box.fig)
 
 

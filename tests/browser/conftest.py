@@ -31,7 +31,7 @@ def lab(tmp_path_factory):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    "A live figure now and then loses a message when the browser is starved: a test that waited for one in vain starts over with its cells run afresh, once, and says so."
+    "On a machine with more to do than cores a browser may miss a deadline: a test that waited in vain starts over with its cells run afresh, once, and says so."
     from playwright.sync_api import TimeoutError as Late
     try: return (yield)
     except Late as late:

@@ -68,7 +68,7 @@ def test_serving_timeline_click_and_every_control(gallery):
     marked = re.match(r"request (\d+): wait", after[0])
     assert before[0].startswith("Aggressive") and marked and cell.locator("select").nth(1).locator("option:checked").text_content().strip() == marked[1]
     cell.locator("select").nth(1).select_option("none")
-    gallery.wait_for_function("el => el.querySelector('.js-plotly-plot').layout?.title?.text?.startsWith('Aggressive')", arg=cell.element_handle())
+    gallery.wait_for_function("el => el.querySelector('.js-plotly-plot')?.layout?.title?.text?.startsWith('Aggressive')", arg=cell.element_handle())
     for i, key in enumerate(("ArrowRight", "ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowLeft")): moves(gallery, cell, lambda i=i, key=key: press(cell.locator(".noUi-handle").nth(i), key))
     assert moves(gallery, cell, lambda: cell.locator("select").nth(0).select_option("Oracle"))[1][0].startswith("Oracle")
 

@@ -70,3 +70,16 @@ def test_page_of_a_twin_asks_no_host(tmp_path):
     import re
     page = viz.twin(lambda a: go.Figure(), {"a": ("x", "</script>")}, title="<b>?").to_html(tmp_path / "t.html").read_text()
     assert "&lt;b&gt;?" in page and page.count("</script>") == 2 and not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(viz.LiveFigure, True), (go.FigureWidget, False)])
+def test_a_live_figure_is_whole_when_it_reaches_the_browser(kind, whole, monkeypatch):
+    "What the first message holds; plotly's own figure sends its traces later, which is why ours exists."
+    import comm
+    opened, create = [], comm.create_comm
+    monkeypatch.setattr(comm, "create_comm", lambda **message: opened.append(message["data"]["state"]) or create(**message))
+    live = kind(go.Figure(go.Scatter(y=[1, 2]), layout=dict(title="a")))
+    ours = [state for state in opened if "_widget_data" in state]
+    assert [bool(s["_widget_data"]) and bool(s["_widget_layout"].get("title")) for s in ours] == [whole]
+    viz.refresh(live, go.Figure(go.Scatter(y=[3, 4]), layout=dict(title="b")))
+    assert live.data[0].y == (3, 4) and live.layout.title.text == "b"
