@@ -163,4 +163,5 @@ def no_cell_failed(page):
 def quiet(page):
     "No page error, no pop-up, no request to another host."
     assert page.locator(".Toastify__toast").count() == 0
-    assert page.errors == [] and {h.split(":")[0] for h in page.hosts} == {"127.0.0.1"}
+    assert page.errors == []
+    assert {h.split(":")[0] for h in page.hosts} == {"127.0.0.1"}, page.hosts
