@@ -66,8 +66,8 @@ def opened(lab, browser, path):
     "A notebook in the browser, run from top to bottom; page errors and outside requests are kept."
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
-    page.errors, page.hosts, page.afresh = [], set(), False
-    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.errors, page.hosts = [], set()
+    page.on("pageerror", lambda e: page.errors.append(e.stack or str(e)))
     page.on("request", lambda r: page.hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
     page.goto(f"{lab}/lab/tree/{path}?reset")
     page.wait_for_function(READY, arg=path)
@@ -113,14 +113,31 @@ AGAIN = """i => {
 }"""
 
 
+# Keep plotly from a figure that is about to start, until it is let go; wait until the kernel has answered all it was told.
+HOLD = "() => { const plotly = globalThis.modeltcPlotly; globalThis.modeltcPlotly = new Promise(go => globalThis.letGo = () => go(plotly)); }"
+ANSWERED = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code: ''}).done"
+
+
 def widget(page, index):
-    "The output of the cell with this widget panel, scrolled into view and drawn; on the second attempt of a test the cell is run once more first."
+    "The output of the cell with this widget panel, scrolled into view and drawn."
     page.evaluate("i => document.querySelectorAll('.jp-CodeCell')[i].scrollIntoView({block: 'start'})", index)
-    if page.afresh: page.evaluate(AGAIN, index)
     cell = page.locator(".jp-CodeCell").nth(index)
     cell.locator(".js-plotly-plot .main-svg").first.wait_for()
     page.wait_for_function(DRAWN, arg=cell.element_handle(), timeout=MOVED_MS)
     return cell
+
+
+def drawn_late(page, index, act):
+    "What a figure shows that got plotly's code only after a control had been moved."
+    cell = page.locator(".jp-CodeCell").nth(index)
+    page.evaluate(HOLD)
+    page.evaluate(AGAIN, index)
+    act(cell)
+    page.evaluate(ANSWERED)
+    assert cell.locator(".js-plotly-plot").count() == 0
+    page.evaluate("() => letGo()")
+    page.wait_for_function(DRAWN, arg=cell.element_handle())
+    return cell.element_handle().evaluate(STATE)
 
 
 def sources(path):
@@ -133,7 +150,7 @@ def cells_with(name, path):
     return next(i for i, s in enumerate(sources(path)) if s.startswith(f"{name} = "))
 
 
-# A figure widget is drawn empty first; it is there when it has its title and its traces.
+# A figure is there when it has its title and its traces.
 DRAWN = "el => { const g = el.querySelector('.js-plotly-plot'); return g?.layout?.title?.text && g.data?.length; }"
 STATE = "el => { const g = el.querySelector('.js-plotly-plot'); return JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]); }"
 CHANGED = "([el, old]) => { const g = el.querySelector('.js-plotly-plot'); return g?.layout?.title?.text && g.data && JSON.stringify([g.layout.title.text, g.data.map(t => [...(t.y?._inputArray || t.y || [])].slice(0, 40))]) !== old; }"
@@ -163,5 +180,5 @@ def no_cell_failed(page):
 def quiet(page):
     "No page error, no pop-up, no request to another host."
     assert page.locator(".Toastify__toast").count() == 0
-    assert page.errors == []
+    assert page.errors == [], page.errors
     assert {h.split(":")[0] for h in page.hosts} == {"127.0.0.1"}, page.hosts

@@ -17,10 +17,10 @@ QUIET = {"OMP_NUM_THREADS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONWA
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 STEPS = [  # what stands in one row runs side by side
     [("ruff", [BIN / "ruff", "check", "--quiet", "."])],
-    [("types", [BIN / "mypy"]), ("kernels compile for sm_90", [sys.executable, "kernels/bench/compile_check.py"])],
+    [("types", [BIN / "mypy"]), ("kernels compile for sm_90", [sys.executable, "kernels/bench/compile_check.py"]), ("wheel tests", [*PYTEST, "tests/wheel"])],
     [("tests", [*PYTEST, "-n", "2", "--dist", "loadfile", "tests", "--ignore=tests/browser", "--ignore=tests/docs", "--ignore=tests/wheel"])],
     [("notebooks", [sys.executable, "docs/execute.py"])],
-    [("site", [sys.executable, "docs/build.py"]), ("wheel tests", [*PYTEST, "tests/wheel"])],
+    [("site", [sys.executable, "docs/build.py"])],
     [("site tests", [*PYTEST, "tests/docs"])],
     [("browser tests", [*PYTEST, "-n", "2", "--dist", "loadfile", "tests/browser"])]]
 SUMMARY = ROOT / "docs/_build/executed/summary.json"

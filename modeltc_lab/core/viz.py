@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'GRID', 'METHODS', 'TWIN_MIME', 'MAX_FIGURES', 'MAX_BYTES', 'axis', 'MethodStyle', 'register_method',
-           'style', 'Twin', 'twin', 'page', 'slider', 'LiveFigure', 'panel', 'refresh', 'show', 'tell']
+           'style', 'Twin', 'twin', 'page', 'LiveFigure', 'slider', 'panel', 'refresh', 'show', 'tell']
 
 # %% ../../nbs/core/04_viz.ipynb #039a06ed
 import json
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from html import escape
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets as W
 import plotly.graph_objects as go
 import plotly.io as pio
+from traitlets import Instance, Unicode, default
 
 # %% ../../nbs/core/04_viz.ipynb #591939e8
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a2a", "#7f6fb3")
@@ -233,6 +234,76 @@ def page(
     except OSError as e: raise ValueError(f"report {path}: cannot be written ({e.strerror})") from e
     return path
 
+# %% ../../nbs/core/04_viz.ipynb #38748c97
+_FIGURE_JS = """
+const MESSAGES = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"].map((m) => "_py2js_" + m);
+
+async function load(model) {
+  const code = (await model.widget_manager.get_model(model.get("_plotly").slice("IPY_MODEL_".length))).get("code");
+  const url = URL.createObjectURL(new Blob([code], {type: "text/javascript"}));
+  try { return await import(url); } finally { URL.revokeObjectURL(url); }
+}
+
+async function plotly(model) {
+  globalThis.modeltcPlotly ??= load(model);
+  try { return await globalThis.modeltcPlotly; } catch (e) { globalThis.modeltcPlotly = undefined; throw e; }
+}
+
+export default () => {
+  let figure;
+  return {
+    initialize({model}) {
+      const waiting = [], keepers = MESSAGES.map((m) => ["change:" + m, () => waiting.push([m, model.get(m)])]);
+      keepers.forEach(([event, keep]) => model.on(event, keep));
+      figure = plotly(model).then(({default: make}) => {
+        keepers.forEach(([event, keep]) => model.off(event, keep));
+        const made = make();
+        made.initialize({model});
+        waiting.forEach(([m, value]) => model.set(m, value));
+        return made;
+      });
+      figure.catch(() => {});
+    },
+    async render({el}) { return (await figure).render({el}); },
+  };
+};
+"""
+
+
+# %% ../../nbs/core/04_viz.ipynb #bc008312
+class _Plotly(W.Widget):
+    "Plotly's code for the browser."
+
+    code = Unicode().tag(sync=True)
+    sent: ClassVar["_Plotly | None"] = None
+
+    @classmethod
+    def once(cls) -> "_Plotly":
+        "The one of this kernel."
+        if cls.sent is None or cls.sent.comm is None: cls.sent = cls(code=str(go.FigureWidget._esm))
+        return cls.sent
+
+
+class LiveFigure(go.FigureWidget):
+    "A figure widget that reaches the browser whole, and shares plotly's code with all others on the page."
+
+    _esm = _FIGURE_JS
+    _plotly = Instance(_Plotly).tag(sync=True, **W.widget_serialization)
+    _whole = False
+
+    @default("_plotly")
+    def _code(self) -> _Plotly: return _Plotly.once()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._whole = True
+        self.open()
+
+    def open(self) -> None:
+        "Go to the browser, once traces and layout are in place."
+        if self._whole: super().open()
+
+
 # %% ../../nbs/core/04_viz.ipynb #930503e1
 def slider(
     name: str,         # shown beside it
@@ -245,21 +316,6 @@ def slider(
     kind, form = (W.IntSlider, "d") if isinstance(step, int) else (W.FloatSlider, ".2f")
     return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=True, readout_format=form, style=dict(description_width="initial"),
                 layout=W.Layout(width="320px"))
-
-
-class LiveFigure(go.FigureWidget):
-    "A figure widget that reaches the browser whole: plotly's own goes there empty, sends its traces after, and stays empty where it is drawn between the two."
-
-    _whole = False
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._whole = True
-        self.open()
-
-    def open(self) -> None:
-        "Go to the browser, once traces and layout are in place."
-        if self._whole: super().open()
 
 
 def panel(

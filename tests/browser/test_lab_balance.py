@@ -1,7 +1,7 @@
 "Balanced training's views in JupyterLab: move every control of its widgets, read the changed figure."
 
 import pytest
-from jupyter_pages import cells_with, moves, no_cell_failed, opened, press, quiet, widget
+from jupyter_pages import cells_with, drawn_late, moves, no_cell_failed, opened, press, quiet, widget
 
 VIEWS = "balance/79_views.ipynb"
 
@@ -64,6 +64,10 @@ def test_memory_ladder_every_control(views):
     assert moves(views, cell, toggle(cell, "full"))[1][0].startswith("recompute full")
     for i in range(3): moves(views, cell, slide(cell, i))
     moves(views, cell, lambda: cell.locator("select").select_option("internvl-0.3b-7b"))
+
+
+def test_a_figure_that_starts_late_has_missed_nothing(views):
+    assert "16 ranks" in drawn_late(views, cells_with("map_widget", VIEWS), lambda cell: slide(cell, 0, "ArrowLeft")())
 
 
 def test_quiet(views): quiet(views)
