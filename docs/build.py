@@ -35,6 +35,7 @@ EXECUTED, SRC, SITE = BUILD / "executed", BUILD / "src", DOCS / "_site"
 PLOTLY, TWIN, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.modeltc.twin+json", "application/vnd.jupyter.widget-view+json"
 ROOMS = {"core": "Core", "serving": "Serving", "decoding": "Decoding", "quant": "Quantization", "matting": "Matting", "diffusion": "Diffusion", "sparsity": "Sparsity",
          "balance": "Balance", "kernels": "Kernels", "compare": "Comparisons"}
+LONG_TABLE = 40  # rows, above which a table of results is folded
 KERNELS = {"paged decode attention": "paged_decode", "constrained decoding": "constrained", "varlen attention": "varlen_attention"}  # family and what its records begin with
 EXTERNAL = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']((?:https?:)?//[^\"']+)[\"']", re.I)
 
@@ -313,6 +314,12 @@ def command_of(domain, experiment):
             "serving/token_sim_vidur": "bash tests/peers/vidur_speed.sh", "serving/engine_validation_cuda": "modeltc-lab validate --device cuda --results docs/results"}[name]
 
 
+def folded(table):
+    "A table that would fill the page waits behind a line that says how long it is."
+    rows = table.count("\n") - 1
+    return table if rows <= LONG_TABLE else f"<details><summary>{rows} rows</summary>\n\n{table}\n\n</details>"
+
+
 def write_results():
     "Every record, with the command that remakes it and the environment it came from."
     groups = {}
@@ -324,7 +331,7 @@ def write_results():
             first = records[0]
             has_x = any(r.x is not None for r in records)
             versions = ", ".join(f"{k} {v}" for k, v in first.versions.items())
-            lines += [f"**{device}**, {first.date}, commit {first.commit}; {versions}", results.table(records, rows=("method", "x") if has_x else "method", cols="metric")]
+            lines += [f"**{device}**, {first.date}, commit {first.commit}; {versions}", folded(results.table(records, rows=("method", "x") if has_x else "method", cols="metric"))]
     (SRC / "results.md").write_text("\n\n".join(lines) + "\n")
 
 

@@ -97,6 +97,14 @@ def test_results_pages_show_every_record(site):
     assert [r.device for r in records if r.device not in text] == []
 
 
+def test_long_tables_of_results_are_folded(site):
+    "The long ones only, each behind its number of rows."
+    page = (site / "results.html").read_text()
+    folded = re.findall(r"<details>\s*<summary>(\d+) rows</summary>(.*?)</details>", page, flags=re.S)
+    assert folded and all(table.count("<tr") == int(rows) + 1 > 41 for rows, table in folded)
+    assert max(t.count("<tr") for t in re.findall(r"<table.*?</table>", re.sub(r"<details>.*?</details>", "", page, flags=re.S), flags=re.S)) <= 41
+
+
 def test_llms_txt_lists_every_page(pages, site):
     listed = set(re.findall(r"\]\(([\w./-]+\.html)\)", (site / "llms.txt").read_text()))
     rooms = {p.name for p in site.glob("*.html")} & {f"{p.name}.html" for p in site.iterdir() if p.is_dir()}
