@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'GRID', 'METHODS', 'TWIN_MIME', 'MAX_FIGURES', 'MAX_BYTES'
 
 # %% ../../nbs/core/04_viz.ipynb #039a06ed
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import product
@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import ipywidgets as W
 import plotly.graph_objects as go
 import plotly.io as pio
-from traitlets import Instance, Unicode, default
+from plotly.serializers import custom_serializers
+from traitlets import Instance, List, Unicode, default
 
 # %% ../../nbs/core/04_viz.ipynb #591939e8
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a2a", "#7f6fb3")
@@ -236,11 +237,10 @@ def page(
 
 # %% ../../nbs/core/04_viz.ipynb #38748c97
 _FIGURE_JS = """
-const MESSAGES = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"].map((m) => "_py2js_" + m);
+const other = (model, name) => model.widget_manager.get_model(model.get(name).slice("IPY_MODEL_".length));
 
 async function load(model) {
-  const code = (await model.widget_manager.get_model(model.get("_plotly").slice("IPY_MODEL_".length))).get("code");
-  const url = URL.createObjectURL(new Blob([code], {type: "text/javascript"}));
+  const url = URL.createObjectURL(new Blob([(await other(model, "_plotly")).get("code")], {type: "text/javascript"}));
   try { return await import(url); } finally { URL.revokeObjectURL(url); }
 }
 
@@ -250,21 +250,42 @@ async function plotly(model) {
 }
 
 export default () => {
-  let figure;
+  const views = new Set();
+  let started, made, state, heard, actors;
+
+  async function start(model) {
+    const [{default: make}, mail] = await Promise.all([plotly(model), other(model, "_mail")]);
+    const seen = {  // what plotly's own widget takes for its model
+      get: (name) => name in state ? state[name] : model.get(name),
+      set: (name, value) => model.set(name, value),
+      save_changes: () => model.save_changes(),
+      on: (event, act) => (actors[event] ??= []).push(act),
+    };
+    const begin = ([number, data, layout]) => {
+      [heard, state, actors, made] = [number, {_widget_data: data, _widget_layout: layout}, {}, make()];
+      made.initialize({model: seen});
+      for (const view of views) { view.end(); view.end = made.render({el: view.el}); }
+    };
+    begin(mail.get("whole").length ? mail.get("whole") : [0, model.get("_widget_data"), model.get("_widget_layout")]);
+    mail.on("change:whole", () => { if (mail.get("whole")[0] > heard) begin(mail.get("whole")); });
+    mail.on("change:letter", () => {
+      const [number, name, message] = mail.get("letter");
+      if (number !== heard + 1) return;  // known, or part of the whole that is on its way
+      [heard, state[name]] = [number, message];
+      for (const act of actors["change:" + name] ?? []) act();
+      state[name] = null;
+    });
+    model.send({heard});
+  }
+
   return {
-    initialize({model}) {
-      const waiting = [], keepers = MESSAGES.map((m) => ["change:" + m, () => waiting.push([m, model.get(m)])]);
-      keepers.forEach(([event, keep]) => model.on(event, keep));
-      figure = plotly(model).then(({default: make}) => {
-        keepers.forEach(([event, keep]) => model.off(event, keep));
-        const made = make();
-        made.initialize({model});
-        waiting.forEach(([m, value]) => model.set(m, value));
-        return made;
-      });
-      figure.catch(() => {});
+    initialize({model}) { started = start(model); started.catch(() => {}); },
+    async render({el}) {
+      await started;
+      const view = {el, end: made.render({el})};
+      views.add(view);
+      return () => { views.delete(view); view.end(); };
     },
-    async render({el}) { return (await figure).render({el}); },
   };
 };
 """
@@ -284,24 +305,53 @@ class _Plotly(W.Widget):
         return cls.sent
 
 
+class _Mail(W.Widget):
+    "What a figure on the screen is told."
+
+    whole: Any = List().tag(sync=True, **custom_serializers)  # number of the last change in it, traces, layout
+    letter: Any = List().tag(sync=True, **custom_serializers)  # number of a change, plotly's name for its kind, what changes
+
+
 class LiveFigure(go.FigureWidget):
-    "A figure widget that reaches the browser whole, and shares plotly's code with all others on the page."
+    "A figure widget that reaches the browser whole, misses nothing however late it starts there, and shares plotly's code with all others on the page."
 
     _esm = _FIGURE_JS
     _plotly = Instance(_Plotly).tag(sync=True, **W.widget_serialization)
-    _whole = False
+    _mail = Instance(_Mail).tag(sync=True, **W.widget_serialization)
+    _complete, _changes, _heard = False, 0, False
 
     @default("_plotly")
     def _code(self) -> _Plotly: return _Plotly.once()
 
+    @default("_mail")
+    def _box(self) -> _Mail: return _Mail()
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._whole = True
+        self._complete = True
+        self.on_msg(self._hear)
         self.open()
 
     def open(self) -> None:
         "Go to the browser, once traces and layout are in place."
-        if self._whole: super().open()
+        if self._complete: super().open()
+
+    def send_state(self, key: str | Iterable[str] | None = None) -> None:
+        "Tell the browser; changes of the figure go by mail, as numbered letters, once somebody there has said that they are heard."
+        names = [key] if isinstance(key, str) else key
+        if names is None: return super().send_state()
+        ours = [n for n in names if n.startswith(("_py2js_", "_last_"))]  # the latter are in the letters
+        for name in ours:
+            if not name.startswith("_py2js_") or (message := getattr(self, name)) is None: continue
+            self._changes += 1
+            if self._heard: self._mail.letter = [self._changes, name, message]
+        if rest := set(names) - set(ours): super().send_state(rest)
+
+    def _hear(self, _: W.Widget, content: dict[str, Any], __: Any) -> None:
+        "A page has the figure as it was after so many changes, and listens."
+        if "heard" not in content: return
+        self._heard = True
+        if content["heard"] < self._changes: self._mail.whole = [self._changes, self._data, self._layout_obj._props]
 
 
 # %% ../../nbs/core/04_viz.ipynb #930503e1

@@ -3,6 +3,7 @@
 import json
 from itertools import product
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 from hypothesis import given
@@ -83,3 +84,20 @@ def test_a_live_figure_is_whole_when_it_reaches_the_browser(kind, whole, monkeyp
     assert [bool(s["_widget_data"]) and bool(s["_widget_layout"].get("title")) for s in ours] == [whole]
     viz.refresh(live, go.Figure(go.Scatter(y=[3, 4]), layout=dict(title="b")))
     assert live.data[0].y == (3, 4) and live.layout.title.text == "b"
+
+
+def test_changes_of_a_live_figure_go_as_letters_once_they_are_heard():
+    "Nothing goes before; a page that knows less is given the whole, one that knows all gets the next letter only."
+    live = viz.LiveFigure(go.Figure(go.Scatter(y=np.array([1.0, 2.0]))))
+    told = []
+    live._mail.observe(lambda change: told.append((change.name, change.new)), ["whole", "letter"])
+    for title in "ab": live.layout.title.text = title
+    assert told == []
+    live._handle_custom_msg({"heard": 0}, [])
+    (name, (number, data, layout)), = told
+    assert (name, number, layout["title"]["text"]) == ("whole", 2, "b") and data[0]["y"].tolist() == [1, 2]
+    live.layout.title.text = "c"
+    live._handle_custom_msg({"heard": 3}, [])
+    assert [(name, new[:2]) for name, new in told[1:]] == [("letter", [3, "_py2js_relayout"])] and told[1][1][2]["relayout_data"] == {"title.text": "c"}
+    live._handle_custom_msg({"heard": 2}, [])
+    assert told[2][0] == "whole" and told[2][1][0] == 3
