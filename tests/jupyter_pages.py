@@ -187,5 +187,5 @@ def no_cell_failed(page):
 def quiet(page):
     "No page error but anywidget's about a late start, no pop-up, no request to another host."
     assert page.locator(".Toastify__toast").count() == 0
-    assert [e for e in page.errors if LATE not in e] == []
+    assert not (other := [e for e in page.errors if LATE not in e]), other
     assert {h.split(":")[0] for h in page.hosts} == {"127.0.0.1"}, page.hosts
