@@ -12,14 +12,17 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import zmq
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,6 +66,11 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
 
 
+def wires(folder):
+    "How a kernel is reached: through files of its own. A free port can be taken by somebody else before the kernel listens on it."
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if zmq.has("ipc") else {})
+
+
 def run(path, flags, state, force):
     "Execute one notebook; returns (ok, message, cells left out); of a failure the last line says what it was."
     relative = path.relative_to(NBS)
@@ -73,15 +81,16 @@ def run(path, flags, state, force):
     stamp.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     nb = nbformat.read(path, as_version=4)
-    client = Runner(nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
-    client.left_out_flags = flags
     start = time.time()
-    try: client.execute(env={**os.environ, **QUIET, **compiled.KERNEL})
-    except CellExecutionError as e:
-        at = next(i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", [])))
-        head = nb.cells[at].source.strip().splitlines()[:6]
-        return False, f"{relative}: cell {at} failed\n    " + "\n    ".join(head) + f"\n{e.traceback[-3000:].rstrip()}", client.skipped
-    except Exception as e: return False, f"{relative}: {type(e).__name__}: {e}", client.skipped
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        client = Runner(nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, config=wires(folder))
+        client.left_out_flags = flags
+        try: client.execute(env={**os.environ, **QUIET, **compiled.KERNEL})
+        except CellExecutionError as e:
+            at = next(i for i, c in enumerate(nb.cells) if any(o.output_type == "error" for o in c.get("outputs", [])))
+            head = nb.cells[at].source.strip().splitlines()[:6]
+            return False, f"{relative}: cell {at} failed\n    " + "\n    ".join(head) + f"\n{e.traceback[-3000:].rstrip()}", client.skipped
+        except Exception as e: return False, f"{relative}: {type(e).__name__}: {e}", client.skipped
     nbformat.write(nb, target)
     stamp.write_text(f"{key} {client.skipped}")
     return True, f"{relative}: {time.time() - start:.0f} s", client.skipped

@@ -2,25 +2,30 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import compiled
 import pytest
+import zmq
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_MS, CELL_PATIENCE_MS, MOVED_MS = 180_000, 600_000, 90_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles; for a figure to show its state
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    "A port nobody listens on, from those a system never gives to a program that asks for any: nobody takes it before the server is up."
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)): return port
+    pytest.fail("100 ports between 20000 and 32000 are taken")
 
 
 @contextmanager
@@ -29,13 +34,15 @@ def server_over_notebooks(home):
     port = free_port()
     shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", home)
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
            "IPYTHONDIR": str(home / "ipython"), "JUPYTER_CONFIG_PATH": str(ROOT / ".ci/jupyter"), "OMP_NUM_THREADS": "1", "MODELTC_LAB_RESULTS_DIR": str(ROOT / "docs/results"),
            "MODELTC_LAB_DATA_DIRS": str(ROOT.parent / "shared" / "data"), **compiled.KERNEL}
     env.pop("PLOTLY_RENDERER", None)
-    with open(home / "log", "w") as log:
+    wires = ["--KernelManager.transport=ipc"] if zmq.has("ipc") else []  # a port for a kernel can be taken before it listens; such a file needs a short path
+    with open(home / "log", "w") as log, tempfile.TemporaryDirectory(prefix="lab-") as runtime:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=",
-                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0", "--expose-app-in-browser"], env=env, stdout=log, stderr=subprocess.STDOUT)
+                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0", "--expose-app-in-browser", *wires],
+                                  env={**env, "JUPYTER_RUNTIME_DIR": runtime}, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_up(port, server, home / "log")
             yield f"http://127.0.0.1:{port}"

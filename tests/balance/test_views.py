@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from plotly.serializers import custom_serializers
 
 from modeltc_lab.balance import views
 from modeltc_lab.balance.cost import DEFAULT_COST, GroupSpec
@@ -105,6 +106,7 @@ def test_every_control_changes_the_figure(name, changes):
         box.controls[control].value = value
         assert box.message.value == "" and state() != before, control
         assert box.children[-1] is box.fig
+        json.dumps(custom_serializers["to_json"](box.fig._data, box.fig), default=str, allow_nan=False)  # what the browser is sent
 
 
 def test_a_mistake_is_said_and_the_figure_stays():
