@@ -278,7 +278,7 @@ def strategy_map(
     fig = make_subplots(rows=1, cols=2, subplot_titles=("rank time a token (µs)", "memory of a rank used (%)"), horizontal_spacing=0.16)
     text = [["" if np.isnan(t) else f"{t:.0f} µs<br>{c:.0f} layers" for t, c in zip(*rows)] for rows in zip(time, layers)]
     for col, z, scale, top, shown in ((1, time, "Viridis_r", None, text), (2, memory, "Cividis", 120, [["" if np.isnan(v) else f"{v:.0f} %" for v in row] for row in memory])):
-        fig.add_trace(go.Heatmap(z=np.where(np.isnan(z), None, z), x=names, y=[str(d) for d in MAP_DEGREES], colorscale=scale, zmin=0 if top else None, zmax=top, text=shown, texttemplate="%{text}", textfont=dict(size=10), showscale=False, hoverongaps=False,
+        fig.add_trace(go.Heatmap(z=[[None if np.isnan(v) else v for v in row] for row in z.tolist()], x=names, y=[str(d) for d in MAP_DEGREES], colorscale=scale, zmin=0 if top else None, zmax=top, text=shown, texttemplate="%{text}", textfont=dict(size=10), showscale=False, hoverongaps=False,
                                  hovertemplate="%{x}, SP %{y}: %{text}<extra></extra>"), 1, col)
         at = [g for g in groups if g.length in MAP_LENGTHS and g.sp in MAP_DEGREES]
         fig.add_trace(go.Scatter(x=[f"{g.length // 1024} Ki" for g in at], y=[str(g.sp) for g in at], mode="markers", name="selected", showlegend=col == 1, marker=dict(symbol="star", size=17, color="#d55e00", line=dict(width=1, color="white")),
