@@ -275,16 +275,16 @@ def strategy_map(
     try: groups, said = select_groups(AnalyticProfiler(model, replace(HARDWARE["h100"], memory_bytes=memory_gb * 1e9), world)), ""
     except ValueError as e: groups, said = (), str(e).split(":")[0]
     names = [f"{n // 1024} Ki" for n in MAP_LENGTHS]
-    fig = make_subplots(rows=1, cols=2, subplot_titles=("rank time a token (µs)", "memory of a rank used (%)"), horizontal_spacing=0.16)
-    text = [["" if np.isnan(t) else f"{t:.0f} µs<br>{c:.0f} layers" for t, c in zip(*rows)] for rows in zip(time, layers)]
-    for col, z, scale, top, shown in ((1, time, "Viridis_r", None, text), (2, memory, "Cividis", 120, [["" if np.isnan(v) else f"{v:.0f} %" for v in row] for row in memory])):
+    fig = make_subplots(rows=1, cols=2, subplot_titles=("rank time a token (µs),<br>layers checkpointed", "memory of a rank<br>used (%)"), horizontal_spacing=0.16)
+    text = [["" if np.isnan(t) else f"{t:.0f}<br>{c:.0f}" for t, c in zip(*rows)] for rows in zip(time, layers)]
+    for col, z, scale, top, shown, hover in ((1, time, "Viridis_r", None, text, "%{z:.0f} µs a token"), (2, memory, "Cividis", 120, [["" if np.isnan(v) else f"{v:.0f}" for v in row] for row in memory], "%{z:.0f} % of the memory")):
         fig.add_trace(go.Heatmap(z=[[None if np.isnan(v) else v for v in row] for row in z.tolist()], x=names, y=[str(d) for d in MAP_DEGREES], colorscale=scale, zmin=0 if top else None, zmax=top, text=shown, texttemplate="%{text}", textfont=dict(size=10), showscale=False, hoverongaps=False,
-                                 hovertemplate="%{x}, SP %{y}: %{text}<extra></extra>"), 1, col)
+                                 hovertemplate=f"%{{x}}, SP %{{y}}: {hover}<extra></extra>"), 1, col)
         at = [g for g in groups if g.length in MAP_LENGTHS and g.sp in MAP_DEGREES]
-        fig.add_trace(go.Scatter(x=[f"{g.length // 1024} Ki" for g in at], y=[str(g.sp) for g in at], mode="markers", name="selected", showlegend=col == 1, marker=dict(symbol="star", size=17, color="#d55e00", line=dict(width=1, color="white")),
+        fig.add_trace(go.Scatter(x=[f"{g.length // 1024} Ki" for g in at], y=[str(g.sp) for g in at], mode="markers", name="selected", showlegend=col == 1, marker=dict(symbol="circle-open", size=34, color="#d55e00", line=dict(width=3)),
                                  hovertemplate="selected<extra></extra>"), 1, col)
-    chosen = ", ".join(f"{g.length // 1024} Ki on {g.sp} with {g.gc_layers} layers checkpointed" for g in groups)
-    fig.update_layout(title=f"{model}, {world} ranks: " + (f"groups {chosen}" if groups else f"no group of {said.removeprefix('max_length=')} tokens fits") + f"<br>in the map, checkpointed layers: {level}", height=470, margin=dict(t=130))
+    chosen = ", ".join(f"{g.length // 1024} Ki on {g.sp} ({g.gc_layers})" for g in groups)
+    fig.update_layout(title=f"{model}, {world} ranks: " + (f"groups {chosen}" if groups else f"no group of {said.removeprefix('max_length=')} tokens fits") + f"<br>layers checkpointed in brackets; in the map: {level}", height=500, margin=dict(t=145), legend=dict(y=1.15))
     fig.update_xaxes(title_text="pack (tokens)").update_yaxes(title_text="ranks that share it (SP)", type="category")
     return fig
 
