@@ -14,7 +14,6 @@ from pathlib import Path
 
 import compiled
 import pytest
-import zmq
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_MS, CELL_PATIENCE_MS, MOVED_MS = 180_000, 600_000, 90_000  # for one look at a page; for one cell, as in docs/execute.py: the first run on a busy machine compiles; for a figure to show its state
@@ -38,10 +37,10 @@ def server_over_notebooks(home):
            "IPYTHONDIR": str(home / "ipython"), "JUPYTER_CONFIG_PATH": str(ROOT / ".ci/jupyter"), "OMP_NUM_THREADS": "1", "MODELTC_LAB_RESULTS_DIR": str(ROOT / "docs/results"),
            "MODELTC_LAB_DATA_DIRS": str(ROOT.parent / "shared" / "data"), **compiled.KERNEL}
     env.pop("PLOTLY_RENDERER", None)
-    wires = ["--KernelManager.transport=ipc"] if zmq.has("ipc") else []  # a port for a kernel can be taken before it listens; such a file needs a short path
-    with open(home / "log", "w") as log, tempfile.TemporaryDirectory(prefix="lab-") as runtime:
+    files = sys.platform != "win32"  # kernels are reached through files: a port can be taken before a kernel listens on it. Their path has to be short
+    with open(home / "log", "w") as log, tempfile.TemporaryDirectory(prefix="lab-", dir="/tmp" if files else None) as runtime:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=",
-                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0", "--expose-app-in-browser", *wires],
+                                   f"--ServerApp.root_dir={home / 'nbs'}", "--ServerApp.port_retries=0", "--expose-app-in-browser", *["--KernelManager.transport=ipc"] * files],
                                   env={**env, "JUPYTER_RUNTIME_DIR": runtime}, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_up(port, server, home / "log")

@@ -38,7 +38,7 @@ def call(execute, monkeypatch, *arguments):
 
 @pytest.mark.skipif(not zmq.has("ipc"), reason="this system has no sockets in files: kernels are reached through ports")
 def test_kernels_are_not_reached_through_ports(execute, monkeypatch):
-    "A free port may be taken before the kernel listens on it; with few free ports on a system this killed one kernel in twenty."
+    "A free port may be taken before the kernel listens on it, which then dies: seen in a run of all tests, and often where a system has few free ports."
     write(execute.NBS, "01", "from ipykernel.connect import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])")
     assert call(execute, monkeypatch) == 0
     assert nbformat.read(execute.OUT / "01.ipynb", as_version=4).cells[0].outputs[0].text == "ipc\n"
